@@ -1,0 +1,9 @@
+"""Chat prompts: dialects, the encoder, and the parser of completions. Knows no model and no hardware."""
+
+from __future__ import annotations
+
+from v4sdk.prompts.dialect import Dialect, Frame
+from v4sdk.prompts.encode import encode_chat, resolve_effort
+from v4sdk.prompts.span import Span, plain
+
+__all__ = ["Dialect", "Frame", "Span", "encode_chat", "plain", "resolve_effort"]
