@@ -1,4 +1,4 @@
-"""Text to token ids and back. Text is encoded without the added tokens, so it can never become a control token."""
+"""Text to token ids and back; text is encoded without the added tokens and so never becomes control."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ class Tokenizer:
         decoder = (definition.get("decoder") or {}).get("type")
         if model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict) or decoder != "ByteLevel":
             raise CheckpointError(
-                f"`tokenizer.json` has model `{model.get('type')}` and decoder `{decoder}`, expected BPE and ByteLevel"
+                f"`tokenizer.json` has model `{model.get('type')}` and decoder `{decoder}`, "
+                "expected BPE and ByteLevel"
             )
         added = definition.get("added_tokens") or []
         self._control = {str(token["content"]): int(token["id"]) for token in added}
@@ -145,7 +146,7 @@ class Tokenizer:
         return ids
 
     def token_bytes(self, index: int) -> bytes:
-        """Return the bytes an id stands for; a control token stands for its spelling, an unused id for nothing."""
+        """Return the bytes of an id; a control token stands for its spelling, an unused id for nothing."""
         spelling = self._spelling.get(index)
         if spelling is not None:
             return spelling.encode("utf-8")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from v4sdk.prompts.dialect import Dialect, Frame
-from v4sdk.prompts.encode import encode_chat, resolve_effort
+from v4sdk.prompts.encode import encode_chat
+from v4sdk.prompts.options import resolve_effort
 from v4sdk.prompts.span import Span, plain
 
 __all__ = ["Dialect", "Frame", "Span", "encode_chat", "plain", "resolve_effort"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -94,8 +94,15 @@ class Dialect:
         if name in ("v4-0731", "v4-0813"):
             return cls("v4-0731", default_effort="low")
         if name == "v4.1":
-            words = {"calls_word": " calls", "invoke_word": " invoke", "parameter_word": " parameter"}
-            return cls(name, system="<｜System｜>", default_effort="high", family="v4.1", **words)
+            return cls(
+                name,
+                system="<｜System｜>",
+                calls_word=" calls",
+                invoke_word=" invoke",
+                parameter_word=" parameter",
+                default_effort="high",
+                family="v4.1",
+            )
         raise PromptError(
             f"unknown prompt dialect `{name}`, expected one of `v4-april`, `v4-0731`, `v4.1`",
             hint="v4-april is the preview of April 2026, v4-0731 the official V4 of July and August 2026",
@@ -128,36 +135,15 @@ def _with_file(known: Dialect | None, folder: Path) -> Dialect | None:
     base = known or Dialect.named(found.dialect)
     if base.name != found.dialect:
         return base
-    frames: dict[str, Frame | None] = {"tools": None, "json_schema": None}
-    if found.tools is not None:
-        frames["tools"] = Frame(*found.tools)
-    if found.json_schema is not None:
-        frames["json_schema"] = Frame(*found.json_schema)
-    return Dialect(
-        **{**_fields(base), **frames},
+    return replace(
+        base,
+        tools=None if found.tools is None else Frame(*found.tools),
+        json_schema=None if found.json_schema is None else Frame(*found.json_schema),
         efforts=found.efforts,
-        default_effort=found.default_effort,
+        default_effort=base.default_effort if found.efforts is None else found.default_effort,
         calls_word=found.calls_word or base.calls_word,
         source=found.source,
     )
-
-
-def _fields(dialect: Dialect) -> dict[str, Any]:
-    """Return the grammar of a dialect as keyword arguments, without its wording."""
-    keep = (
-        "name",
-        "bos",
-        "eos",
-        "user",
-        "assistant",
-        "think",
-        "end_think",
-        "dsml",
-        "latest_reminder",
-        "system",
-    )
-    keep += ("tasks", "invoke_word", "parameter_word", "family")
-    return {name: getattr(dialect, name) for name in keep}
 
 
 _OWN_KEYS = {

@@ -20,6 +20,7 @@ class Turn:
         blocks: of user turns: (tool call id or None for text, text).
         tools: inner function objects declared on this message.
         continues: an assistant turn that the completion goes on with, so no EOS follows.
+        open_thought: an assistant turn whose reasoning the completion goes on with.
     """
 
     role: str
@@ -31,6 +32,7 @@ class Turn:
     response_format: Any = None
     task: str | None = None
     continues: bool = False
+    open_thought: bool = False
 
 
 def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[Turn]:
@@ -46,7 +48,11 @@ def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[Turn]:
         )
     if not messages:
         raise PromptError("`messages` is empty, expected at least one message")
-    return [_read(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    turns = [_read(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    for index, message in enumerate(messages[:-1]):
+        if message.get("prefix"):
+            raise PromptError(f"`messages[{index}].prefix` is set, expected on the last message only")
+    return turns
 
 
 def _read(message: object, where: str) -> Turn:
@@ -71,6 +77,7 @@ def _read(message: object, where: str) -> Turn:
         turn.reasoning = reasoning or ""
         turn.calls = check_calls(message.get("tool_calls"), where)
         turn.continues = bool(message.get("prefix") or message.get("wo_eos"))
+        turn.open_thought = bool(message.get("prefix")) and not turn.text and not turn.calls
     if role in ("user", "tool"):
         call_id = message.get("tool_call_id") if role == "tool" else None
         turn.blocks = [(str(call_id or "") if role == "tool" else None, text)]
@@ -119,15 +126,15 @@ def reference_order(turns: Sequence[Turn]) -> list[Turn]:
     return merged
 
 
-def hosted_order(turns: Sequence[Turn]) -> list[Turn]:
-    """As `reference_order`, with every system message first and joined, as the hosted API does."""
-    systems = [turn for turn in turns if turn.role == "system"]
-    rest = [turn for turn in turns if turn.role != "system"]
-    if systems:
-        joined = replace(systems[0], text="\n\n".join(turn.text for turn in systems))
-        joined.tools = [function for turn in systems for function in turn.tools]
-        rest.insert(0, joined)
-    return reference_order(rest)
+def hosted_order(turns: Sequence[Turn], *, hoist: bool) -> list[Turn]:
+    """As `reference_order`, without empty system messages, with `hoist` the others joined at the front."""
+    systems = [turn for turn in turns if turn.role == "system" and (turn.text or turn.tools)]
+    rest = [turn for turn in turns if turn.role != "system" or (not hoist and (turn.text or turn.tools))]
+    if systems and hoist:
+        tools = [function for turn in systems for function in turn.tools]
+        text = "\n\n".join(turn.text for turn in systems if turn.text)
+        rest.insert(0, replace(systems[0], text=text, tools=tools))
+    return reference_order(rest or [Turn("system")])
 
 
 def check_results(turns: Sequence[Turn]) -> None:
@@ -143,7 +150,7 @@ def check_results(turns: Sequence[Turn]) -> None:
             call_id = turn.blocks[0][0] or ""
             if call_id not in waiting:
                 raise PromptError(
-                    f"`messages[{index}]` answers tool call `{call_id}`, which no preceding assistant message made"
+                    f"`messages[{index}]` answers tool call `{call_id}`, which the turn before did not make"
                 )
             open_calls.discard(call_id)
             continue
@@ -156,7 +163,7 @@ def check_results(turns: Sequence[Turn]) -> None:
 
 
 def _sort_results(turns: Sequence[Turn]) -> None:
-    """Put the tool results of a user turn into the order of the calls they answer; texts keep their places."""
+    """Put the tool results of a user turn into the order of their calls; texts keep their places."""
     order: dict[str, int] = {}
     for turn in turns:
         if turn.calls:

@@ -20,7 +20,7 @@ class Span:
 
 
 class SpanWriter:
-    """Collects spans and joins neighbouring text, because a tokenizer sees the text between two control tokens as one."""
+    """Collects spans; joins neighbouring text, for a tokenizer sees the text between control tokens as one."""
 
     def __init__(self, spellings: Iterable[str] = ()) -> None:
         # longest first, so that one spelling inside another cannot shadow it

@@ -83,15 +83,29 @@ def hosted_schema(function: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+_STRICT_FIRST = ("type", "properties")
+_STRICT_LAST = ("additionalProperties", "required", "description")
+_STRICT_LEAF = ("type", "description", "pattern", "format", "enum", "const", "default")
+
+
 def _strict_order(schema: object) -> Any:
-    """Order a strict schema as the hosted API does: `required` behind everything else of an object."""
-    if isinstance(schema, Mapping):
-        last = ("required",)
-        keys = [k for k in schema if k not in last] + [k for k in last if k in schema]
-        return {key: _strict_order(schema[key]) for key in keys}
+    """Put a strict schema into the key order of the hosted API; unlike there, no constraint is left out."""
     if isinstance(schema, list):
         return [_strict_order(item) for item in schema]
-    return schema
+    if not isinstance(schema, Mapping):
+        return schema
+    if schema.get("type") != "object":
+        return {key: _strict_order(schema[key]) for key in _order(schema, _STRICT_LEAF, ())}
+    full = {"properties": {}, "additionalProperties": False, "required": [], **schema}
+    ordered = {key: full[key] for key in _order(full, _STRICT_FIRST, _STRICT_LAST)}
+    # property names are not keywords: their order is the caller's
+    ordered["properties"] = {name: _strict_order(value) for name, value in full["properties"].items()}
+    return ordered
+
+
+def _order(keys: Mapping[str, Any], first: Sequence[str], last: Sequence[str]) -> list[str]:
+    middle = [key for key in keys if key not in first and key not in last]
+    return [*(key for key in first if key in keys), *middle, *(key for key in last if key in keys)]
 
 
 def write_calls(

@@ -1,4 +1,4 @@
-"""Where a dialect's wording comes from: the checkpoint's encoding file, read as text, or an installed deepseek-recipe."""
+"""Where wording comes from: the checkpoint's encoding file, read as text, or an installed deepseek-recipe."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def _frame(template: object, hole: str, tokens: Mapping[str, object]) -> tuple[s
 def from_recipe(dialect: str) -> Wording | None:
     """Cut the wording out of small prompts rendered by deepseek-recipe; None when it is not installed.
 
-    The package knows the later V4 effort texts; the text the preview uses for `max` is the one it uses for `high`.
+    The package renders the later effort texts; its `high` is the text that the preview uses for `max`.
     """
     try:
         recipe = importlib.import_module("deepseek_recipe")
