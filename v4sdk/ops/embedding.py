@@ -1,0 +1,35 @@
+"""Both ends of the network: token rows into streams, and hidden rows into logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from v4sdk.numerics import Numerics
+from v4sdk.ops.linear import matmul
+from v4sdk.ops.op import op
+from v4sdk.ops.precision import activation_dtype
+from v4sdk.weights import Weight
+
+
+@op()
+def embed(token_ids: Tensor, weight: Tensor, hc_mult: int, numerics: Numerics) -> Tensor:
+    """Look up token rows and copy each into all streams. There is no embedding scale.
+
+    Shapes:
+        token_ids [T] int64, weight [V, N] -> [T, M, N] in the activation dtype
+    """
+    h = weight[token_ids].to(activation_dtype(numerics))
+    return h[:, None].expand(-1, hc_mult, -1).contiguous()
+
+
+@op()
+def logits(h: Tensor, head: Weight) -> Tensor:
+    """Score every vocabulary entry: float32(h) @ float32(head).T.
+
+    Shapes:
+        h [T, N], head [V, N] -> [T, V] float32
+    Source:
+        official model.py, ParallelHead
+    """
+    return matmul(h.float(), head)

@@ -1,0 +1,161 @@
+"""What an op is: contract, reference, inputs, tolerance and cost in one object; and the table a model takes its functions from.
+
+Dimension letters used in every op docstring: `T` tokens, `B` sequences, `S` KV rows, `H` heads, `D` head_dim, `N` hidden size,
+`M` hc_mult, `E` experts, `K` chosen experts or picks, `V` vocabulary, `R` query LoRA rank, `P` pages.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one call must move and compute, independent of the implementation.
+
+    Attributes:
+        read_bytes, write_bytes: at stored width; flops: 2 per multiply-add.
+    """
+
+    read_bytes: int
+    write_bytes: int
+    flops: int
+
+    @property
+    def bytes(self) -> int:
+        """Read plus written."""
+        return self.read_bytes + self.write_bytes
+
+
+@dataclass(frozen=True)
+class Case:
+    """One named set of arguments for an op.
+
+    Attributes:
+        label: how reports call it; make: builds the arguments on a device, deterministic in the label.
+        scale: `tiny`, `odd`, `edge`, `flash` or `pro`; the real shapes run in benchmarks, not in the default tests.
+    """
+
+    label: str
+    make: Callable[[torch.device], dict[str, Any]]
+    scale: str = "tiny"
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Largest accepted difference to the reference: |a - b| <= atol + rtol * |b|, and why that much."""
+
+    atol: float
+    rtol: float
+    reason: str
+
+
+class OpTable:
+    """Functions by op: a kernel, the parts of a fused op, or the reference. `table[op]` has the op's own type."""
+
+    def __init__(self, functions: Mapping[str, Callable[..., Any]]) -> None:
+        self._functions = dict(functions)
+
+    def __getitem__(self, op: Op[P, R]) -> Callable[P, R]:
+        return cast(Callable[P, R], self._functions.get(op.name, op))
+
+
+REFERENCES = OpTable({})
+
+
+class OutParameter(Protocol):
+    """Marker for readers: every op also accepts `out=`, a tensor (or tuple) that receives the result."""
+
+
+@dataclass(frozen=True, eq=False)
+class Op(Generic[P, R]):
+    """One op of the vocabulary. Calling it runs the reference.
+
+    Attributes:
+        name: the vocabulary name; a kernel has the same.
+        build: gives the reference with its parts taken from a table.
+        signature: parameters a kernel must have, same names, same order.
+        parts: the smaller ops a fused one is made of.
+        mutates: parameters written in place.
+        sensitivity: what a rounding difference does here (`low`, `selection`: it may flip a discrete choice).
+        inputs, tolerances, cost: the single source for tests, conformance and benchmarks.
+    """
+
+    name: str
+    build: Callable[[OpTable], Callable[P, R]]
+    signature: inspect.Signature
+    doc: str
+    parts: tuple[Any, ...] = ()
+    mutates: tuple[str, ...] = ()
+    sensitivity: str = "low"
+    inputs: Callable[[], Iterator[Case]] | None = None
+    tolerances: Mapping[torch.dtype, Tolerance] = field(default_factory=dict)
+    cost: Callable[..., Cost] | None = None
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        out = kwargs.pop("out", None)
+        result = self.build(REFERENCES)(*args, **kwargs)
+        return result if out is None else cast(R, _copy_out(out, result))
+
+
+def op(
+    *,
+    parts: tuple[Any, ...] = (),
+    mutates: tuple[str, ...] = (),
+    sensitivity: str = "low",
+    inputs: Callable[[], Iterator[Case]] | None = None,
+    tolerances: Mapping[torch.dtype, Tolerance] | None = None,
+    cost: Callable[..., Cost] | None = None,
+) -> Callable[[Callable[P, R]], Op[P, R]]:
+    """Declare a plain function as an op's contract and reference."""
+
+    def declare(fn: Callable[P, R]) -> Op[P, R]:
+        return Op(fn.__name__, lambda table: fn, inspect.signature(fn), fn.__doc__ or "", parts, mutates, sensitivity,
+                  inputs, tolerances or {}, cost)  # fmt: skip
+
+    return declare
+
+
+def fused_op(
+    *,
+    parts: tuple[Any, ...],
+    mutates: tuple[str, ...] = (),
+    sensitivity: str = "low",
+    inputs: Callable[[], Iterator[Case]] | None = None,
+    tolerances: Mapping[torch.dtype, Tolerance] | None = None,
+    cost: Callable[..., Cost] | None = None,
+) -> Callable[[Callable[Concatenate[OpTable, P], R]], Op[P, R]]:
+    """Declare an op that is made of smaller ones; its function takes the table of parts first.
+
+    A backend without a kernel for it gets this function over the backend's own table, so its small kernels are still used.
+    """
+
+    def declare(fn: Callable[Concatenate[OpTable, P], R]) -> Op[P, R]:
+        def build(table: OpTable) -> Callable[P, R]:
+            def run(*args: P.args, **kwargs: P.kwargs) -> R:
+                return fn(table, *args, **kwargs)
+
+            return run
+
+        full = inspect.signature(fn)
+        signature = full.replace(parameters=list(full.parameters.values())[1:])
+        return Op(fn.__name__, build, signature, fn.__doc__ or "", parts, mutates, sensitivity, inputs, tolerances or {}, cost)
+
+    return declare
+
+
+def _copy_out(out: Any, result: Any) -> Any:
+    if isinstance(result, tuple):
+        return tuple(_copy_out(o, r) for o, r in zip(out, result, strict=True))
+    if isinstance(out, Tensor):
+        return out.copy_(result)
+    return result

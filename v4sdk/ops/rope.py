@@ -1,0 +1,66 @@
+"""Rotary positions: one table per layer kind, float32 throughout, rotation of adjacent pairs on the last dims."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from v4sdk.config import RopeSpec
+
+
+def inv_freq(spec: RopeSpec, rope_dim: int, device: torch.device | None = None) -> Tensor:
+    """Inverse frequencies of one table, stretched by YaRN where the spec says so.
+
+    inv_i = base**(-2i/r); YaRN blends inv_i and inv_i / factor by a ramp between the dimensions that turn
+    beta_fast and beta_slow times over the original context. There is no amplitude factor.
+
+    Shapes:
+        -> [rope_dim / 2] float32
+    Source:
+        official model.py, precompute_freqs_cis; the float32 operations are kept in its order
+    """
+    inv = 1.0 / (spec.base ** (torch.arange(0, rope_dim, 2, dtype=torch.float32) / rope_dim))
+    if spec.factor > 1.0 and spec.original_context > 0:
+        low = max(math.floor(_dimension(spec, spec.beta_fast, rope_dim)), 0)
+        high = min(math.ceil(_dimension(spec, spec.beta_slow, rope_dim)), rope_dim - 1)
+        span = (high - low) or 0.001
+        ramp = ((torch.arange(rope_dim // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
+        smooth = 1 - ramp
+        inv = inv / spec.factor * (1 - smooth) + inv * smooth
+    return inv.to(device)
+
+
+def _dimension(spec: RopeSpec, turns: float, rope_dim: int) -> float:
+    return rope_dim * math.log(spec.original_context / (turns * 2 * math.pi)) / (2 * math.log(spec.base))
+
+
+def rope_table(positions: Tensor, inv: Tensor) -> Tensor:
+    """Cosines and sines of every position.
+
+    The angle is the float32 product; more exact angles disagree with the reference at long range.
+
+    Shapes:
+        positions [T] int, inv [r / 2] float32 -> [T, r] float32, cosines first
+    """
+    angle = positions.float()[:, None] * inv
+    return torch.cat((angle.cos(), angle.sin()), -1)
+
+
+def rope(x: Tensor, table: Tensor, inverse: bool = False) -> Tensor:
+    """Rotate adjacent pairs of the last r dims; everything before passes through.
+
+    Shapes:
+        x [T, D] or [T, H, D], table [T, r] -> like x; arithmetic in float32, rounded once to the dtype of x
+    """
+    half = table.shape[-1] // 2
+    cos, sin = table[:, :half], table[:, half:]
+    if x.dim() == 3:
+        cos, sin = cos[:, None], sin[:, None]
+    if inverse:
+        sin = -sin
+    plain, tail = x[..., : -2 * half], x[..., -2 * half :].float()
+    even, odd = tail[..., 0::2], tail[..., 1::2]
+    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+    return torch.cat((plain, rotated.to(x.dtype)), -1)
