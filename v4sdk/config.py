@@ -140,7 +140,9 @@ class ModelConfig:
         _check_architecture(raw)
         scaling = raw.get("rope_scaling") or {}
         quant = raw.get("quantization_config")
-        values: dict[str, Any] = {f.name: raw[f.name] for f in fields(cls) if f.name in raw and raw[f.name] is not None}
+        values: dict[str, Any] = {
+            f.name: raw[f.name] for f in fields(cls) if f.name in raw and raw[f.name] is not None
+        }
         values["compress_ratios"] = tuple(raw.get("compress_ratios") or ())
         values["dspark_target_layer_ids"] = tuple(raw.get("dspark_target_layer_ids") or ())
         if scaling:
@@ -183,19 +185,43 @@ class ModelConfig:
             )
         for i, ratio in enumerate(self.compress_ratios):
             if not isinstance(ratio, int) or ratio < 0 or ratio == 1:
-                raise ConfigError(f"`compress_ratios[{i}]` is {ratio!r}, expected 0, 4 or a larger block length")
+                raise ConfigError(
+                    f"`compress_ratios[{i}]` is {ratio!r}, expected 0, 4 or a larger block length"
+                )
         checks = [
             (self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "an even number"),
-            (self.qk_rope_head_dim < self.head_dim, "qk_rope_head_dim", f"less than `head_dim` {self.head_dim}"),
-            (self.num_attention_heads % self.o_groups == 0, "num_attention_heads", f"a multiple of `o_groups` {self.o_groups}"),
-            (self.num_experts_per_tok <= self.n_routed_experts, "num_experts_per_tok", f"at most {self.n_routed_experts}"),
-            (0 <= self.num_hash_layers <= self.num_hidden_layers, "num_hash_layers", f"0 to {self.num_hidden_layers}"),
+            (
+                self.qk_rope_head_dim < self.head_dim,
+                "qk_rope_head_dim",
+                f"less than `head_dim` {self.head_dim}",
+            ),
+            (
+                self.num_attention_heads % self.o_groups == 0,
+                "num_attention_heads",
+                f"a multiple of `o_groups` {self.o_groups}",
+            ),
+            (
+                self.num_experts_per_tok <= self.n_routed_experts,
+                "num_experts_per_tok",
+                f"at most {self.n_routed_experts}",
+            ),
+            (
+                0 <= self.num_hash_layers <= self.num_hidden_layers,
+                "num_hash_layers",
+                f"0 to {self.num_hidden_layers}",
+            ),
             (self.expert_dtype in (None, "fp4", "fp8", "bf16"), "expert_dtype", "`fp4` or `fp8`"),
         ]
         if _CSA_RATIO in self.compress_ratios:
             power = self.index_head_dim & (self.index_head_dim - 1) == 0 and self.index_head_dim >= 32
             checks.append((power, "index_head_dim", "a power of two of at least 32"))
-            checks.append((self.qk_rope_head_dim <= self.index_head_dim, "index_head_dim", f"at least {self.qk_rope_head_dim}"))
+            checks.append(
+                (
+                    self.qk_rope_head_dim <= self.index_head_dim,
+                    "index_head_dim",
+                    f"at least {self.qk_rope_head_dim}",
+                )
+            )
         for ok, name, want in checks:
             if not ok:
                 raise ConfigError(f"`{name}` is {getattr(self, name)!r}, expected {want}")
@@ -254,7 +280,9 @@ def _quantization(quant: Mapping[str, Any]) -> QuantizationConfig:
         )
     block = quant.get("weight_block_size", [128, 128])
     if not (isinstance(block, list) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block)):
-        raise ConfigError(f"`quantization_config.weight_block_size` is {block!r}, expected two positive integers")
+        raise ConfigError(
+            f"`quantization_config.weight_block_size` is {block!r}, expected two positive integers"
+        )
     return QuantizationConfig((block[0], block[1]), str(quant.get("scale_fmt") or "float32"))
 
 

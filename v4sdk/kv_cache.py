@@ -37,7 +37,9 @@ class LayerCache:
 
     def paged(self) -> dict[str, Tensor]:
         """Tensors that grow with the context."""
-        return {k: t for k, t in (("entries", self.entries), ("index_keys", self.index_keys)) if t is not None}
+        return {
+            k: t for k, t in (("entries", self.entries), ("index_keys", self.index_keys)) if t is not None
+        }
 
     def fixed(self) -> dict[str, Tensor]:
         """Tensors of constant size per sequence."""
@@ -178,7 +180,10 @@ class KVCache:
     def read_entries(self, rows: CacheRows, num_tokens: int) -> list[dict[str, Tensor]]:
         """Compressed rows in order, independent of pages: per layer [n, row]."""
         return [
-            {k: t[rows.pages].flatten(0, 1)[: num_tokens // spec.ratio].clone() for k, t in cache.paged().items()}
+            {
+                k: t[rows.pages].flatten(0, 1)[: num_tokens // spec.ratio].clone()
+                for k, t in cache.paged().items()
+            }
             for spec, cache in zip(self.specs, self.layers, strict=True)
         ]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from v4sdk import ops as o
@@ -133,7 +132,9 @@ class Binder:
     def block(self, spec: LayerSpec) -> Block:
         """All weights of one layer."""
         p = spec.prefix
-        return Block(spec, self._hyper(p, "attn"), self._hyper(p, "ffn"), self._attention(spec), self._moe(spec))
+        return Block(
+            spec, self._hyper(p, "attn"), self._hyper(p, "ffn"), self._attention(spec), self._moe(spec)
+        )
 
     def head(self, prefix: str = "") -> HeadWeights:
         """Collapse and norm at `prefix` (empty for the backbone, `mtp.0.` for the MTP block)."""
@@ -164,7 +165,9 @@ class Binder:
         if spec.kind == "csa":
             at = f"{p}indexer."
             indexer = IndexerWeights(
-                self.weight(f"{at}wq_b"), self.weight(f"{at}weights_proj"), self._compressor(f"{at}compressor.")
+                self.weight(f"{at}wq_b"),
+                self.weight(f"{at}weights_proj"),
+                self._compressor(f"{at}compressor."),
             )
         return AttentionWeights(
             self.weight(f"{p}wq_a"), self.tensor(f"{p}q_norm.weight"), self.weight(f"{p}wq_b"), self.weight(f"{p}wkv"),
@@ -206,7 +209,11 @@ class V4Model:
         }
 
     def forward(
-        self, batch: Batch, cache: KVCache, observe: Observer | None = None, on_layer: Callable[[int], None] | None = None
+        self,
+        batch: Batch,
+        cache: KVCache,
+        observe: Observer | None = None,
+        on_layer: Callable[[int], None] | None = None,
     ) -> Tensor:
         """Run the backbone over one packed step and advance the caches.
 
@@ -277,7 +284,13 @@ class V4Model:
         return x
 
     def _attention(
-        self, block: Block, u: Tensor, batch: Batch, cache: LayerCache, table: Tensor, observe: Observer | None
+        self,
+        block: Block,
+        u: Tensor,
+        batch: Batch,
+        cache: LayerCache,
+        table: Tensor,
+        observe: Observer | None,
     ) -> Tensor:
         ops, c, n, w, spec = self.ops, self.config, self.numerics, block.attn, block.spec
         eps = c.rms_norm_eps

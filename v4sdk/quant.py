@@ -145,7 +145,9 @@ def q4_encode(x: Tensor, block: int = 32) -> tuple[Tensor, Tensor]:
         `Q4` of the architecture note
     """
     if x.shape[-1] % block:
-        raise ShapeError(f"FP4 rounding got a last dimension of {x.shape[-1]}, expected a multiple of {block}")
+        raise ShapeError(
+            f"FP4 rounding got a last dimension of {x.shape[-1]}, expected a multiple of {block}"
+        )
     g = x.float().unflatten(-1, (-1, block))
     amax = g.abs().amax(-1).clamp_min(_MIN_AMAX_Q4)
     byte = ue8m0_ceil(amax * torch.tensor(_INV_E2M1_MAX, dtype=torch.float32, device=x.device))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -69,6 +69,11 @@ class Weight:
             return (values.unflatten(-1, (-1, b1)) * factor[..., None]).flatten(-2)
         return values * factor.repeat_interleave(b1, -1)[..., :cols]
 
+    def to(self, device: torch.device) -> Weight:
+        """The same weight on another device; itself where it already lies there."""
+        scale = None if self.scale is None else self.scale.to(device)
+        return replace(self, data=self.data.to(device), scale=scale)
+
     def row_blocks(self) -> Iterator[tuple[int, int]]:
         """Yield (first, last) row ranges whose float32 copies stay under `DEQUANT_LIMIT_BYTES`."""
         step = max(1, DEQUANT_LIMIT_BYTES // (4 * max(1, self.in_features)))
@@ -95,6 +100,15 @@ class ExpertWeights:
     def num_experts(self) -> int:
         """E."""
         return len(self.w1) if self.w1 else self.packed[0].data.shape[0] if self.packed else 0
+
+    def to(self, device: torch.device) -> ExpertWeights:
+        """The same experts on another device."""
+        w1, w2, w3 = (tuple(w.to(device) for w in ws) for ws in (self.w1, self.w2, self.w3))
+        packed = None
+        if self.packed is not None:
+            p1, p2, p3 = (w.to(device) for w in self.packed)
+            packed = (p1, p2, p3)
+        return ExpertWeights(w1, w2, w3, packed)
 
     def expert(self, index: int) -> tuple[Weight, Weight, Weight]:
         """The (w1, w2, w3) of one expert."""
@@ -157,5 +171,7 @@ class WeightSource:
 
     def experts(self, prefix: str, count: int) -> ExpertWeights:
         """Routed experts `prefix.experts.{e}.w1|w2|w3`."""
-        w1, w2, w3 = (tuple(self.weight(f"{prefix}.experts.{e}.{w}") for e in range(count)) for w in ("w1", "w2", "w3"))
+        w1, w2, w3 = (
+            tuple(self.weight(f"{prefix}.experts.{e}.{w}") for e in range(count)) for w in ("w1", "w2", "w3")
+        )
         return ExpertWeights(w1, w2, w3)

@@ -108,7 +108,9 @@ def sparse_attn(
     return _prefill_attention(q, kv, window.shape[1], entries, picks, batch, sink, ratio, rope_dim, numerics)
 
 
-def _attend(q: Tensor, logits: Tensor, values: list[tuple[Tensor, Tensor]], sink: Tensor, bf16_p: bool) -> Tensor:
+def _attend(
+    q: Tensor, logits: Tensor, values: list[tuple[Tensor, Tensor]], sink: Tensor, bf16_p: bool
+) -> Tensor:
     """Softmax over concatenated logits [T, H, n], then the weighted sums over shared [n, D] or own [T, n, D] rows."""
     top = logits.amax(-1, keepdim=True)
     p = torch.exp(logits - top)
@@ -183,7 +185,9 @@ def _prefill_attention(
             at = entry_rows(batch.block_table[b], every, entries.shape[1], entries.shape[0])
             dense = load_kv(entries.flatten(0, 1)[at], head_dim, rope_dim)
         num_picks = picks.shape[1] if picks is not None else 0
-        for i, j in _query_blocks(lo, hi, num_heads * (2 * length + num_entries * (picks is None)), num_picks * head_dim):
+        for i, j in _query_blocks(
+            lo, hi, num_heads * (2 * length + num_entries * (picks is None)), num_picks * head_dim
+        ):
             pos = batch.positions[i:j].long()[:, None]
             left = max(first, start + i - lo - length + 1)
             right = start + j - lo
@@ -199,7 +203,9 @@ def _prefill_attention(
     return torch.cat(outs)
 
 
-def _query_blocks(lo: int, hi: int, logits_per_query: int, gathered_per_query: int) -> Iterator[tuple[int, int]]:
+def _query_blocks(
+    lo: int, hi: int, logits_per_query: int, gathered_per_query: int
+) -> Iterator[tuple[int, int]]:
     per_query = 4 * max(logits_per_query, gathered_per_query, 1)
     step = max(1, min(_MAX_QUERY_BLOCK, _WORKSPACE_BYTES // per_query))
     for i in range(lo, hi, step):

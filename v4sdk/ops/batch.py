@@ -46,7 +46,12 @@ class Batch:
 
 
 def make_batch(
-    token_ids: Tensor, positions: Tensor, cu_seqlens: Tensor, slots: Tensor, block_table: Tensor, page_tokens: int
+    token_ids: Tensor,
+    positions: Tensor,
+    cu_seqlens: Tensor,
+    slots: Tensor,
+    block_table: Tensor,
+    page_tokens: int,
 ) -> Batch:
     """Complete a `Batch` with the sequence of every row, computed on the device."""
     rows = torch.arange(token_ids.shape[0], device=token_ids.device, dtype=torch.int32)

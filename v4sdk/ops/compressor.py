@@ -45,7 +45,9 @@ def compress(
     """
     act = activation_dtype(numerics)
     xf = x.float()
-    pair = torch.stack((matmul(xf, wkv), matmul(xf, wgate) + ape[batch.positions.long() % ratio]), 1)  # [T, 2, w]
+    pair = torch.stack(
+        (matmul(xf, wkv), matmul(xf, wgate) + ape[batch.positions.long() % ratio]), 1
+    )  # [T, 2, w]
     width, length = norm.shape[0], state.shape[1]
     tokens, done, block = _closing(batch, ratio)
     values, gate = _gather_blocks(pair, state, batch, tokens, length)
@@ -77,7 +79,9 @@ def _closing(batch: Batch, ratio: int) -> tuple[Tensor, Tensor, Tensor]:
     return tokens, closes[tokens], batch.positions.long()[tokens] // ratio
 
 
-def _gather_blocks(pair: Tensor, state: Tensor, batch: Batch, tokens: Tensor, length: int) -> tuple[Tensor, Tensor]:
+def _gather_blocks(
+    pair: Tensor, state: Tensor, batch: Batch, tokens: Tensor, length: int
+) -> tuple[Tensor, Tensor]:
     """K and z of the `length` positions that end at each token, from this step or from the saved ring: [C, length, w]."""
     seq = batch.seq_ids[tokens]
     back = torch.arange(length - 1, -1, -1, device=tokens.device)
@@ -123,7 +127,11 @@ def index_scores(q: Tensor, w: Tensor, keys: Tensor, numerics: Numerics) -> Tens
         q [T, heads, e], w [T, heads], keys [n, e] or [T, n, e] float32 -> [T, n] float32
     """
     qf = q.float()
-    dot = (qf.flatten(0, 1) @ keys.T).unflatten(0, q.shape[:2]) if keys.dim() == 2 else qf @ keys.transpose(1, 2)
+    dot = (
+        (qf.flatten(0, 1) @ keys.T).unflatten(0, q.shape[:2])
+        if keys.dim() == 2
+        else qf @ keys.transpose(1, 2)
+    )
     if numerics.bf16_index_scores:
         weighted = dot.to(torch.bfloat16).relu() * w.to(torch.bfloat16)[..., None]
         return weighted.float().sum(1).to(torch.bfloat16).float()
@@ -157,7 +165,14 @@ def index_topk(
 
 
 def _pick(
-    q: Tensor, w: Tensor, keys: Tensor, table: Tensor, positions: Tensor, topk: int, ratio: int, numerics: Numerics
+    q: Tensor,
+    w: Tensor,
+    keys: Tensor,
+    table: Tensor,
+    positions: Tensor,
+    topk: int,
+    ratio: int,
+    numerics: Numerics,
 ) -> Tensor:
     rows_per_page, num_heads, e = keys.shape[1], q.shape[1], q.shape[2]
     visible = ((positions.long() + 1) // ratio)[:, None]
@@ -169,7 +184,9 @@ def _pick(
     best = torch.full((q.shape[0], topk), _LOWEST, dtype=torch.int64, device=q.device)
     for first in range(0, table.shape[-1], step):
         pages = table[..., first : first + step]
-        entry = torch.arange(first * rows_per_page, (first + pages.shape[-1]) * rows_per_page, device=q.device)
+        entry = torch.arange(
+            first * rows_per_page, (first + pages.shape[-1]) * rows_per_page, device=q.device
+        )
         page = torch.where(pages >= 0, pages, keys.shape[0] - 1).long()
         k = load_index(keys[page].flatten(-3, -2), e)
         parts = []

@@ -24,7 +24,9 @@ def _weights(scores: Tensor, ids: Tensor, scale: float) -> Tensor:
 
 
 @op(sensitivity="selection")
-def route(u: Tensor, gate: Tensor, bias: Tensor, num_experts_per_tok: int, scale: float) -> tuple[Tensor, Tensor]:
+def route(
+    u: Tensor, gate: Tensor, bias: Tensor, num_experts_per_tok: int, scale: float
+) -> tuple[Tensor, Tensor]:
     """Choose experts by learned scores; the bias moves the choice, never the weight.
 
     s = sqrt(softplus(u . gate^T)); ids = the K largest of s + bias; w = s[ids] / sum(s[ids]) * scale. All float32.
@@ -43,7 +45,9 @@ def route(u: Tensor, gate: Tensor, bias: Tensor, num_experts_per_tok: int, scale
 
 
 @op()
-def route_hash(u: Tensor, gate: Tensor, tid2eid: Tensor, token_ids: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def route_hash(
+    u: Tensor, gate: Tensor, tid2eid: Tensor, token_ids: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     """Choose experts by token id; weights still come from the gate's scores.
 
     Shapes:
@@ -81,7 +85,9 @@ def routed_experts(
         if u.shape[0] * per_token <= DEQUANT_LIMIT_BYTES or not experts.w1:
             step = max(1, DEQUANT_LIMIT_BYTES // per_token)
             spans = [slice(at, at + step) for at in range(0, u.shape[0], step)]
-            return torch.cat([_chosen_on_device(u[s], ids[s], weights[s], experts.packed, limit, numerics) for s in spans])
+            return torch.cat(
+                [_chosen_on_device(u[s], ids[s], weights[s], experts.packed, limit, numerics) for s in spans]
+            )
     return _expert_by_expert(u, ids, weights, experts, limit, numerics)
 
 
@@ -102,7 +108,12 @@ def _expert_by_expert(
 
 
 def _chosen_on_device(
-    u: Tensor, ids: Tensor, weights: Tensor, packed: tuple[Weight, Weight, Weight], limit: float, numerics: Numerics
+    u: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    packed: tuple[Weight, Weight, Weight],
+    limit: float,
+    numerics: Numerics,
 ) -> Tensor:
     between = between_dtype(numerics)
     ordered, by_id = torch.sort(ids.long(), dim=-1, stable=True)
@@ -111,7 +122,11 @@ def _chosen_on_device(
     rows = gemm_input(u, w1, numerics)[:, None, None]
     g, v = ((rows @ m.dequantize().transpose(-1, -2))[:, :, 0].to(between) for m in (w1, w3))
     a = (_gated(g, v, limit) * w[..., None]).to(between)
-    out = (gemm_input(a, w2, numerics)[:, :, None] @ w2.dequantize().transpose(-1, -2))[:, :, 0].to(between).float()
+    out = (
+        (gemm_input(a, w2, numerics)[:, :, None] @ w2.dequantize().transpose(-1, -2))[:, :, 0]
+        .to(between)
+        .float()
+    )
     y = torch.zeros(u.shape, dtype=torch.float32, device=u.device)
     for k in range(ids.shape[1]):
         y = y + out[:, k]
@@ -120,7 +135,14 @@ def _chosen_on_device(
 
 @fused_op(parts=(linear,))
 def shared_expert(
-    ops: OpTable, u: Tensor, routed: Tensor, w1: Weight, w2: Weight, w3: Weight, limit: float, numerics: Numerics
+    ops: OpTable,
+    u: Tensor,
+    routed: Tensor,
+    w1: Weight,
+    w2: Weight,
+    w3: Weight,
+    limit: float,
+    numerics: Numerics,
 ) -> Tensor:
     """Run the shared expert and add it to the routed sum in float32; the clamp applies here too.
 
@@ -130,6 +152,8 @@ def shared_expert(
         official model.py, MoE, with the clamp of the corrected revision
     """
     between = between_dtype(numerics)
-    a = _gated(ops[linear](u, w1, numerics, between), ops[linear](u, w3, numerics, between), limit).to(between)
+    a = _gated(ops[linear](u, w1, numerics, between), ops[linear](u, w3, numerics, between), limit).to(
+        between
+    )
     y = routed + ops[linear](a, w2, numerics, between).float()
     return y.to(activation_dtype(numerics))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -65,15 +65,15 @@ class OpTable:
     def __init__(self, functions: Mapping[str, Callable[..., Any]]) -> None:
         self._functions = dict(functions)
 
+    def set(self, name: str, function: Callable[..., Any]) -> None:
+        """Choose the function of one op; done while binding, before any run."""
+        self._functions[name] = function
+
     def __getitem__(self, op: Op[P, R]) -> Callable[P, R]:
         return cast(Callable[P, R], self._functions.get(op.name, op))
 
 
 REFERENCES = OpTable({})
-
-
-class OutParameter(Protocol):
-    """Marker for readers: every op also accepts `out=`, a tensor (or tuple) that receives the result."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,9 +102,10 @@ class Op(Generic[P, R]):
     cost: Callable[..., Cost] | None = None
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        # every op also takes `out=`, a tensor (or tuple) that receives the result
         out = kwargs.pop("out", None)
         result = self.build(REFERENCES)(*args, **kwargs)
-        return result if out is None else cast(R, _copy_out(out, result))
+        return result if out is None else cast(R, copy_out(out, result))
 
 
 def op(
@@ -148,14 +149,26 @@ def fused_op(
 
         full = inspect.signature(fn)
         signature = full.replace(parameters=list(full.parameters.values())[1:])
-        return Op(fn.__name__, build, signature, fn.__doc__ or "", parts, mutates, sensitivity, inputs, tolerances or {}, cost)
+        return Op(
+            fn.__name__,
+            build,
+            signature,
+            fn.__doc__ or "",
+            parts,
+            mutates,
+            sensitivity,
+            inputs,
+            tolerances or {},
+            cost,
+        )
 
     return declare
 
 
-def _copy_out(out: Any, result: Any) -> Any:
+def copy_out(out: Any, result: Any) -> Any:
+    """Copy an op's result into the caller's tensor (or tuple of tensors) and give that back."""
     if isinstance(result, tuple):
-        return tuple(_copy_out(o, r) for o, r in zip(out, result, strict=True))
+        return tuple(copy_out(o, r) for o, r in zip(out, result, strict=True))
     if isinstance(out, Tensor):
         return out.copy_(result)
     return result

@@ -1,0 +1,250 @@
+"""What a backend is: where tensors live, which kernels it has, how weights are laid out; and the binding of kernels to ops."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from v4sdk.config import ModelConfig
+from v4sdk.errors import KernelMismatch
+from v4sdk.numerics import FAST, KVFormat, Numerics
+from v4sdk.ops import OPS
+from v4sdk.ops.op import Op, OpTable, copy_out
+from v4sdk.weights import ExpertWeights, Weight
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# raised when a required member changes meaning; a plugin states the version it was written against
+API_VERSION = 1
+
+Evidence = Literal["reference", "schema", "meta", "emulated", "compiled", "device"]
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What a run chose, as far as a kernel may care.
+
+    Attributes:
+        numerics: which roundings run. kv_format: how cache rows are stored.
+        capability: facts of the device under the backend's own keys (an architecture name, a core count).
+    """
+
+    numerics: Numerics = FAST
+    kv_format: KVFormat = "native"
+    capability: Mapping[str, Any] = field(default_factory=dict)
+
+
+Unless = Callable[[ModelConfig, EngineConfig], str | None]
+
+
+@dataclass(frozen=True)
+class Kernel(Generic[P, R]):
+    """One row of a backend's table: an op, the function that serves it, and when it cannot.
+
+    Attributes:
+        unless: asked once at bind; None to serve, or the reason in words ("head_dim 512 > 256").
+    """
+
+    op: Op[P, R]
+    function: Callable[P, R]
+    unless: Unless | None = None
+
+
+def kernel(op: Op[P, R], function: Callable[P, R], unless: Unless | None = None) -> Kernel[P, R]:
+    """Make a table row; a type checker rejects a function whose signature differs from the op's."""
+    return Kernel(op, function, unless)
+
+
+@dataclass(frozen=True)
+class MemoryInfo:
+    """Bytes of the device's memory."""
+
+    free_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True)
+class DoctorRow:
+    """One line of `v4sdk doctor`: what was looked at, what was found, whether it stands in the way, and the way out."""
+
+    subject: str
+    finding: str
+    ok: bool
+    hint: str | None = None
+
+
+class Backend(ABC):
+    """A device's functions, memory and name. Three members are required, the others have defaults.
+
+    Attributes:
+        name: equals the entry-point name.
+        api: the `API_VERSION` this backend was written against.
+        priority: `auto` takes the available backend with the highest; 0 is the plain CPU.
+        evidence: the strongest evidence this backend's results carry on this machine.
+        known_gaps: `op/case` to cause, for conformance cases known to fail; an unexpected pass is a failure.
+    """
+
+    name: str
+    api: int = API_VERSION
+    priority: int = 0
+    evidence: Evidence = "reference"
+    known_gaps: Mapping[str, str] = {}
+
+    @abstractmethod
+    def unavailable(self) -> str | None:
+        """None if usable here, or the reason in words. Must not allocate on the device."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where tensors live."""
+
+    def capability(self) -> Mapping[str, Any]:
+        """Device facts handed to `unless` (optional)."""
+        return {}
+
+    def kernels(self) -> Sequence[Kernel[Any, Any]]:
+        """The table; vendor imports happen here (optional)."""
+        return ()
+
+    def prepare_weight(self, role: str, weight: Weight) -> Weight:
+        """Lay a weight out for this device once, at load (optional; default: move it). `role` is the tensor's name."""
+        return weight.to(self.device)
+
+    def prepare_experts(self, role: str, experts: ExpertWeights) -> ExpertWeights:
+        """Lay the routed experts of one layer out (optional; default: move each matrix)."""
+        return experts.to(self.device)
+
+    def place(self, tensor: Tensor) -> Tensor:
+        """Bring a plain tensor to the device (optional)."""
+        return tensor.to(self.device)
+
+    def record(self, step: Callable[[], None]) -> Callable[[], None]:
+        """Give a function that replays a decode step from fixed buffers (optional; default: the step itself)."""
+        return step
+
+    def synchronize(self) -> None:
+        """Wait for the device (optional)."""
+
+    def memory(self) -> MemoryInfo | None:
+        """Free and total memory of the device (optional; None: ask the operating system)."""
+        return None
+
+    def doctor(self) -> Sequence[DoctorRow]:
+        """What a user needs to know about this device's software (optional)."""
+        return ()
+
+    def convert_targets(self) -> Sequence[str]:
+        """Weight layouts this backend can convert a checkpoint to (optional)."""
+        return ()
+
+
+@dataclass(frozen=True)
+class BoundOp:
+    """How one op runs: `kernel`, its `parts`, or the `reference`; and why not a kernel."""
+
+    op: str
+    how: Literal["kernel", "parts", "reference"]
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Binding:
+    """The functions of a run, and the report of how each was chosen."""
+
+    table: OpTable
+    ops: tuple[BoundOp, ...]
+
+    @property
+    def without_kernel(self) -> tuple[BoundOp, ...]:
+        """Ops that run the reference, or parts of which no part has a kernel."""
+        served = {b.op for b in self.ops if b.how == "kernel"}
+        return tuple(
+            b
+            for b in self.ops
+            if b.how == "reference"
+            or (b.how == "parts" and not any(p.name in served for p in OPS[b.op].parts))
+        )
+
+
+def bind(backend: Backend, config: ModelConfig, engine: EngineConfig, strict: bool = False) -> Binding:
+    """Choose a function for every op, once.
+
+    A kernel is taken if its `unless` says nothing; a fused op without one becomes its parts, taken from the same table;
+    else the reference runs on the device's tensors.
+
+    Raises:
+        KernelMismatch: a kernel's signature differs from its op's, an op has two kernels, the plugin was written for
+            another API version, or `strict` and an op has no kernel.
+    """
+    if backend.api != API_VERSION:
+        raise KernelMismatch(
+            f"backend `{backend.name}` was written for backend API {backend.api}, this v4sdk has {API_VERSION}",
+            hint="install a version of the plugin that matches, or another v4sdk",
+        )
+    kernels: dict[str, Kernel[Any, Any]] = {}
+    for row in backend.kernels():
+        _check_signature(backend.name, row)
+        if row.op.name in kernels:
+            raise KernelMismatch(
+                f"backend `{backend.name}` has two kernels for op `{row.op.name}`, expected one"
+            )
+        kernels[row.op.name] = row
+    table = OpTable({})
+    report = []
+    for op in OPS.values():
+        found = kernels.get(op.name)
+        reason = "no kernel" if found is None else _declined(found, config, engine)
+        if found is not None and reason is None:
+            table.set(op.name, _with_out(found.function))
+            report.append(BoundOp(op.name, "kernel"))
+        elif op.parts:
+            table.set(op.name, _with_out(op.build(table)))
+            report.append(BoundOp(op.name, "parts", reason))
+        else:
+            table.set(op.name, op)
+            report.append(BoundOp(op.name, "reference", reason))
+    binding = Binding(table, tuple(report))
+    if strict and binding.without_kernel:
+        names = ", ".join(f"{b.op} ({b.reason})" for b in binding.without_kernel)
+        raise KernelMismatch(
+            f"backend `{backend.name}` has no kernel for {len(binding.without_kernel)} of {len(OPS)} ops: {names}",
+            hint="leave out --strict to run their references",
+        )
+    return binding
+
+
+def _declined(row: Kernel[Any, Any], config: ModelConfig, engine: EngineConfig) -> str | None:
+    if row.unless is None:
+        return None
+    try:
+        return row.unless(config, engine)
+    except Exception as exc:  # a plugin's mistake must not take the run down; it is reported with the op
+        return f"its `unless` failed: {type(exc).__name__}: {exc}"
+
+
+def _check_signature(backend: str, row: Kernel[Any, Any]) -> None:
+    want = list(row.op.signature.parameters)
+    got = [name for name in inspect.signature(row.function).parameters if name != "out"]
+    if got != want:
+        raise KernelMismatch(
+            f"backend `{backend}`: kernel `{row.op.name}` takes ({', '.join(got)}), expected ({', '.join(want)})"
+        )
+
+
+def _with_out(function: Callable[..., Any]) -> Callable[..., Any]:
+    if "out" in inspect.signature(function).parameters:
+        return function
+
+    def run(*args: Any, out: Any = None, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        return result if out is None else copy_out(out, result)
+
+    return run
