@@ -130,7 +130,7 @@ class Backend(ABC):
         """Give a function that replays a decode step from fixed buffers (optional; default: the step itself)."""
         return step
 
-    def synchronize(self) -> None:
+    def synchronize(self) -> None:  # noqa: B027 - optional by contract, a host has nothing to wait for
         """Wait for the device (optional)."""
 
     def memory(self) -> MemoryInfo | None:

@@ -184,7 +184,7 @@ class ModelConfig:
                 f"{self.num_hidden_layers + 1} or {self.num_hidden_layers + 3} for {self.num_hidden_layers} layers"
             )
         for i, ratio in enumerate(self.compress_ratios):
-            if not isinstance(ratio, int) or ratio < 0 or ratio == 1:
+            if type(ratio) is not int or ratio < 0 or ratio == 1:
                 raise ConfigError(
                     f"`compress_ratios[{i}]` is {ratio!r}, expected 0, 4 or a larger block length"
                 )

@@ -207,15 +207,17 @@ class KVCache:
         positions = [start + i for start, n in zip(starts, lengths, strict=True) for i in range(n)]
         width = max(len(r.pages) for r in rows)
         table = [r.pages + [-1] * (width - len(r.pages)) for r in rows]
-        as_int = dict(dtype=torch.int32, device=self.device)
         return make_batch(
             torch.tensor([t for ids in token_ids for t in ids], dtype=torch.long, device=self.device),
-            torch.tensor(positions, **as_int),
-            torch.tensor(bounds, **as_int),
-            torch.tensor([r.slot for r in rows], **as_int),
-            torch.tensor(table, **as_int),
+            self._int32(positions),
+            self._int32(bounds),
+            self._int32([r.slot for r in rows]),
+            self._int32(table),
             self.page_tokens,
         )
+
+    def _int32(self, values: list[int] | list[list[int]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
 
     def _grow_slots(self, more: int) -> None:
         for cache in self.layers:

@@ -99,7 +99,12 @@ def _straight_through(x: Tensor, rounded: Tensor) -> Tensor:
 def _groups(x: Tensor, block: int) -> Tensor:
     # a last group shorter than `block` is padded with zeros, which never change its maximum
     pad = -x.shape[-1] % block
-    return torch.nn.functional.pad(x, (0, pad)).unflatten(-1, (-1, block))
+    return split_last(torch.nn.functional.pad(x, (0, pad)), block)
+
+
+def split_last(x: Tensor, inner: int) -> Tensor:
+    """View the last dimension as groups: [..., n] -> [..., n / inner, inner]."""
+    return x.reshape(*x.shape[:-1], x.shape[-1] // inner, inner)
 
 
 def q8_encode(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -148,7 +153,7 @@ def q4_encode(x: Tensor, block: int = 32) -> tuple[Tensor, Tensor]:
         raise ShapeError(
             f"FP4 rounding got a last dimension of {x.shape[-1]}, expected a multiple of {block}"
         )
-    g = x.float().unflatten(-1, (-1, block))
+    g = split_last(x.float(), block)
     amax = g.abs().amax(-1).clamp_min(_MIN_AMAX_Q4)
     byte = ue8m0_ceil(amax * torch.tensor(_INV_E2M1_MAX, dtype=torch.float32, device=x.device))
     code = e2m1_encode((g / ue8m0_value(byte)[..., None]).clamp(-E2M1_MAX, E2M1_MAX))
@@ -157,7 +162,7 @@ def q4_encode(x: Tensor, block: int = 32) -> tuple[Tensor, Tensor]:
 
 def q4_decode(code: Tensor, scale: Tensor, block: int = 32) -> Tensor:
     """Undo `q4_encode` exactly: float32 [..., n]."""
-    return (e2m1_decode(code).unflatten(-1, (-1, block)) * ue8m0_value(scale)[..., None]).flatten(-2)
+    return (split_last(e2m1_decode(code), block) * ue8m0_value(scale)[..., None]).flatten(-2)
 
 
 def q4_round(x: Tensor, block: int = 32) -> Tensor:
@@ -181,7 +186,8 @@ def hadamard(x: Tensor) -> Tensor:
     matrix = torch.ones(1, 1, device=x.device)
     while matrix.shape[0] < n:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)), 0)
-    return x.float() @ (matrix * n**-0.5)
+    rotation: Tensor = matrix * n**-0.5
+    return x.float() @ rotation
 
 
 def kv_pack(row: Tensor, rope_dim: int) -> Tensor:
@@ -220,4 +226,4 @@ def index_unpack(packed: Tensor, index_head_dim: int) -> Tensor:
     half = index_head_dim // 2
     values = fp4_unpack(packed[..., :half].contiguous())
     scale = ue8m0_value(packed[..., half:])
-    return (values.unflatten(-1, (-1, 32)) * scale[..., None]).flatten(-2)
+    return (split_last(values, 32) * scale[..., None]).flatten(-2)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from v4sdk.errors import ShapeError
-from v4sdk.quant import fp4_unpack, ue8m0_value
+from v4sdk.quant import fp4_unpack, split_last, ue8m0_value
 
 Encoding = Literal["float", "fp8", "fp4"]
 # no op holds more than this of de-quantised weight at a time
@@ -66,7 +66,7 @@ class Weight:
         values = fp4_unpack(data) if self.encoding == "fp4" else data.view(torch.float8_e4m3fn).float()
         cols = values.shape[-1]
         if cols % b1 == 0:
-            return (values.unflatten(-1, (-1, b1)) * factor[..., None]).flatten(-2)
+            return (split_last(values, b1) * factor[..., None]).flatten(-2)
         return values * factor.repeat_interleave(b1, -1)[..., :cols]
 
     def to(self, device: torch.device) -> Weight:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from v4sdk.ops.op import OpTable, fused_op, op
 from v4sdk.ops.precision import activation_dtype, between_dtype
 from v4sdk.ops.rope import rope
 from v4sdk.ops.rows import entry_rows, load_kv, ring_write, store_kv
-from v4sdk.quant import q8_round
+from v4sdk.quant import q8_round, split_last
 from v4sdk.weights import Weight
 
 _WORKSPACE_BYTES = 64 << 20
@@ -40,7 +41,7 @@ def q_project(
     """
     act, between = activation_dtype(numerics), between_dtype(numerics)
     qr = ops[rms_norm](ops[linear](x, wq_a, numerics, between), q_norm, eps, act)
-    q = ops[linear](qr, wq_b, numerics, between).unflatten(-1, (num_heads, -1))
+    q = split_last(ops[linear](qr, wq_b, numerics, between), wq_b.out_features // num_heads)
     if numerics.bf16_q_norm:
         # every operation rounds: square, mean, sum with eps, rsqrt and product
         q = q.to(torch.bfloat16)
@@ -172,7 +173,7 @@ def _prefill_attention(
     bounds, positions = batch.cu_seqlens.tolist(), batch.positions.tolist()
     head_dim, num_heads = q.shape[-1], q.shape[1]
     outs = []
-    for b, (lo, hi) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for b, (lo, hi) in enumerate(pairwise(bounds)):
         start = positions[lo]
         kept = min(start, length - 1)
         ring = torch.arange(start - kept, start, device=q.device) % length
@@ -227,7 +228,7 @@ def grouped_out(
         official model.py, Attention
     """
     act, between = activation_dtype(numerics), between_dtype(numerics)
-    back = rope(o, rope_table, inverse=True).unflatten(1, (groups, -1)).flatten(2)  # [T, g, H/g * D]
+    back = split_last(rope(o, rope_table, inverse=True).flatten(1), wo_a.in_features)  # [T, g, H/g * D]
     rank = wo_a.out_features // groups
     z = [back[:, g].float() @ wo_a.dequantize(g * rank, (g + 1) * rank).T for g in range(groups)]
     return ops[linear](torch.cat(z, -1).to(between), wo_b, numerics, act)

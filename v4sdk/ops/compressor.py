@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from v4sdk.ops.op import OpTable, fused_op, op
 from v4sdk.ops.precision import activation_dtype, between_dtype
 from v4sdk.ops.rope import rope, rope_table
 from v4sdk.ops.rows import entry_rows, load_index, ring_write, store_index, store_kv
-from v4sdk.quant import hadamard, q4_round, q8_round
+from v4sdk.quant import hadamard, q4_round, q8_round, split_last
 from v4sdk.weights import Weight
 
 _WORKSPACE_BYTES = 64 << 20
@@ -114,7 +116,7 @@ def index_query(
         official model.py, Indexer
     """
     between = between_dtype(numerics)
-    q = ops[linear](qr, wq_b, numerics, between).unflatten(-1, (num_heads, -1))
+    q = split_last(ops[linear](qr, wq_b, numerics, between), wq_b.out_features // num_heads)
     q = _rotate_and_round(rope(q, rope_table).to(activation_dtype(numerics)), numerics)
     w = ops[linear](x, weights_proj, numerics, between)
     return q, w * (q.shape[-1] ** -0.5 * num_heads**-0.5)
@@ -127,11 +129,7 @@ def index_scores(q: Tensor, w: Tensor, keys: Tensor, numerics: Numerics) -> Tens
         q [T, heads, e], w [T, heads], keys [n, e] or [T, n, e] float32 -> [T, n] float32
     """
     qf = q.float()
-    dot = (
-        (qf.flatten(0, 1) @ keys.T).unflatten(0, q.shape[:2])
-        if keys.dim() == 2
-        else qf @ keys.transpose(1, 2)
-    )
+    dot = (qf.flatten(0, 1) @ keys.T).view(*q.shape[:2], -1) if keys.dim() == 2 else qf @ keys.transpose(1, 2)
     if numerics.bf16_index_scores:
         weighted = dot.to(torch.bfloat16).relu() * w.to(torch.bfloat16)[..., None]
         return weighted.float().sum(1).to(torch.bfloat16).float()
@@ -157,7 +155,7 @@ def index_topk(
     bounds = batch.cu_seqlens.tolist()
     last = batch.positions[batch.cu_seqlens[1:].long() - 1].tolist()
     out = []
-    for b, (lo, hi) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for b, (lo, hi) in enumerate(pairwise(bounds)):
         pages = -(-((last[b] + 1) // ratio) // keys.shape[1])
         table = batch.block_table[b, : max(1, pages)]
         out.append(_pick(q[lo:hi], w[lo:hi], keys, table, batch.positions[lo:hi], topk, ratio, numerics))

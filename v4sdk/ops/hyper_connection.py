@@ -7,6 +7,7 @@ from torch import Tensor
 
 from v4sdk.ops.norm import rms_norm
 from v4sdk.ops.op import OpTable, fused_op, op
+from v4sdk.quant import split_last
 
 
 def _mix(x: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
@@ -50,7 +51,7 @@ def hc_pre(
     mix = _mix(x, fn, norm_eps)
     pre = torch.sigmoid(mix[:, :m] * scale[0] + base[:m]) + hc_eps
     post = 2 * torch.sigmoid(mix[:, m : 2 * m] * scale[1] + base[m : 2 * m])
-    comb = (mix[:, 2 * m :] * scale[2] + base[2 * m :]).unflatten(-1, (m, m))
+    comb = split_last(mix[:, 2 * m :] * scale[2] + base[2 * m :], m)
     u = torch.einsum("tm,tmn->tn", pre, x.float()).to(x.dtype)
     return u, post, sinkhorn(comb, iterations, hc_eps)
 
