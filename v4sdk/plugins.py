@@ -178,9 +178,13 @@ def _instance(plugin: Plugin) -> Backend:
 
 
 def _best(found: Iterable[BackendStatus]) -> Backend:
-    usable = [status.backend for status in found if status.backend is not None and status.state == "available"]
+    usable = [
+        status.backend for status in found if status.backend is not None and status.state == "available"
+    ]
     if not usable:
-        raise BackendUnavailable("no installed backend can be used here", hint="v4sdk backends lists the reasons")
+        raise BackendUnavailable(
+            "no installed backend can be used here", hint="v4sdk backends lists the reasons"
+        )
     return max(usable, key=lambda backend: backend.priority)
 
 
