@@ -76,7 +76,11 @@ def check_response_format(response_format: object) -> Mapping[str, Any] | None:
     if not isinstance(response_format, Mapping):
         raise PromptError(f"`response_format` is {type(response_format).__name__}, expected an object")
     kind = response_format.get("type")
-    if kind in ("text", "regex"):
+    if kind == "text":
+        return None
+    if kind == "regex":
+        if not isinstance(response_format.get("regex"), str):
+            raise PromptError("`response_format.regex` is missing, expected a regular expression")
         return None
     if kind == "json_schema":
         schema_of(response_format)

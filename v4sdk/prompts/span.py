@@ -20,7 +20,7 @@ class Span:
 
 
 class SpanWriter:
-    """Collects spans; joins neighbouring text, for a tokenizer sees the text between control tokens as one."""
+    """Collects spans and joins neighbouring text, which a tokenizer has to see as one."""
 
     def __init__(self, spellings: Iterable[str] = ()) -> None:
         # longest first, so that one spelling inside another cannot shadow it
