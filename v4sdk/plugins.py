@@ -134,7 +134,7 @@ def _load(points: list[EntryPoint]) -> Plugin:
     try:
         manager.register(point.load(), name=point.name)
         manager.check_pending()
-    except Exception as exc:
+    except (Exception, SystemExit) as exc:  # importing a plugin runs its code, whatever that does
         return Plugin(point.name, owner, None, _reason(exc))
     return Plugin(point.name, owner, manager.hook)
 
@@ -211,6 +211,6 @@ def _unknown(name: str, known: list[str], message: str | None = None) -> Unknown
     )
 
 
-def _reason(exc: Exception) -> str:
+def _reason(exc: BaseException) -> str:
     text = " ".join(str(exc).split())
     return f"{type(exc).__name__}: {text}" if text else type(exc).__name__

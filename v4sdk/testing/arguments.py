@@ -1,0 +1,82 @@
+"""An op's arguments as trees: copied, moved to a device, prepared by a backend, and made comparable."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from v4sdk.backend import Backend
+from v4sdk.ops.rows import load_index, load_kv
+from v4sdk.weights import ExpertWeights, Weight
+
+
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Rebuild a tree of tuples, lists, dicts and dataclasses with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(map_tensors(item, change) for item in value)
+    if isinstance(value, dict):
+        return {key: map_tensors(item, change) for key, item in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        changed = {
+            f.name: map_tensors(getattr(value, f.name), change) for f in dataclasses.fields(value) if f.init
+        }
+        return dataclasses.replace(value, **changed)
+    return value
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors of a tree, in order."""
+    found: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(value, keep)
+    yield from found
+
+
+def clone(value: Any) -> Any:
+    """Copy every tensor of a tree."""
+    return map_tensors(value, lambda tensor: tensor.detach().clone())
+
+
+def on_backend(args: dict[str, Any], backend: Backend) -> dict[str, Any]:
+    """Copies of CPU arguments as the backend's kernels get them: weights prepared, everything else moved."""
+    return {name: _placed(name, clone(value), backend) for name, value in args.items()}
+
+
+def _placed(name: str, value: Any, backend: Backend) -> Any:
+    if isinstance(value, Weight):
+        return backend.prepare_weight(name, value)
+    if isinstance(value, ExpertWeights):
+        return backend.prepare_experts(name, value)
+    return map_tensors(value, backend.place)
+
+
+def is_bit_equal(actual: Tensor, expected: Tensor) -> bool:
+    """Same shape, dtype and bytes."""
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        return False
+    a, e = (t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (actual, expected))
+    return bool(torch.equal(a, e))
+
+
+def readable(op_name: str, argument: str, tensor: Tensor, args: dict[str, Any]) -> Tensor:
+    """A cache tensor as numbers, without its scratch row, which belongs to nobody and may hold anything."""
+    kept = tensor[:-1]
+    if kept.dtype != torch.uint8:
+        return kept
+    if op_name == "compress" and args["is_index"]:
+        return load_index(kept, args["norm"].shape[0])
+    if op_name == "compress":
+        return load_kv(kept, args["norm"].shape[0], 2 * args["inv_freq"].shape[0])
+    if op_name == "kv_project_store":
+        return load_kv(kept, args["kv_norm"].shape[0], args["rope_table"].shape[-1])
+    return kept

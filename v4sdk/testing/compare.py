@@ -1,0 +1,107 @@
+"""How two results are compared: exactly where values are discrete, within an op's stated tolerance where they are not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from v4sdk.ops.op import Op, Tolerance
+
+# for ops that state none; an op that needs more says why
+DEFAULT_TOLERANCES: Mapping[torch.dtype, Tolerance] = {
+    torch.float64: Tolerance(1e-10, 1e-10, "order of summation"),
+    torch.float32: Tolerance(2e-5, 2e-5, "order of summation in float32"),
+    torch.float16: Tolerance(1e-3, 2e-3, "two units of an 11-bit mantissa"),
+    torch.bfloat16: Tolerance(1e-2, 1.6e-2, "two units of an 8-bit mantissa"),
+}
+EXACT = Tolerance(0.0, 0.0, "discrete values")
+# packed rows hold FP8 and FP4 codes: a value on a rounding boundary moves by one step, of at most 1/8 and 1/2
+PACKED = Tolerance(2e-2, 0.13, "one step of the FP8 grid")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What a comparison found.
+
+    Attributes:
+        max_abs: largest absolute difference. worst: largest difference in units of what is accepted; above 1 is a failure.
+        tolerance: what was accepted. problem: what cannot be put in a number (shape, dtype, NaN), or None.
+    """
+
+    max_abs: float
+    worst: float
+    tolerance: Tolerance
+    problem: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Within the tolerance."""
+        return self.problem is None and self.worst <= 1.0
+
+
+def tolerance_for(op: Op[..., object], dtype: torch.dtype) -> Tolerance:
+    """The op's own tolerance for a dtype, else the default; discrete dtypes are compared exactly."""
+    if not dtype.is_floating_point:
+        return EXACT
+    return op.tolerances.get(dtype) or DEFAULT_TOLERANCES.get(dtype, EXACT)
+
+
+def compare(actual: Tensor, expected: Tensor, tolerance: Tolerance) -> Difference:
+    """Compare element by element: |a - e| <= atol + rtol * |e|; equal infinities and equal NaNs agree."""
+    if actual.shape != expected.shape:
+        return _problem(tolerance, f"shape {list(actual.shape)}, expected {list(expected.shape)}")
+    if actual.dtype != expected.dtype:
+        return _problem(tolerance, f"dtype {actual.dtype}, expected {expected.dtype}")
+    a, e = (t.detach().cpu().to(torch.float64) for t in (actual, expected))
+    if not bool((a.isnan() == e.isnan()).all()):
+        count = int((a.isnan() != e.isnan()).sum())
+        return _problem(tolerance, f"{count} of {a.numel()} elements are NaN on one side only")
+    same = (a == e) | (a.isnan() & e.isnan())
+    gap = torch.where(same, 0.0, (a - e).abs())
+    if not gap.numel() or not bool(gap.any()):
+        return Difference(0.0, 0.0, tolerance)
+    room = tolerance.atol + tolerance.rtol * torch.where(e.isfinite(), e.abs(), 0.0)
+    worst = torch.where(gap > 0, gap / room.clamp_min(1e-300), 0.0).nan_to_num(nan=float("inf"))
+    return Difference(float(gap.max()), float(worst.max()), tolerance)
+
+
+def compare_selection(actual: Tensor, expected: Tensor, max_flipped: float) -> Difference:
+    """Compare chosen ids row by row as sets: near ties may fall either way, in a stated share of all choices."""
+    tolerance = Tolerance(0.0, 0.0, f"at most {max_flipped:.0%} of the choices may differ at near ties")
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        return compare(actual, expected, tolerance)
+    width = expected.shape[-1] if expected.dim() > 1 else 1
+    a, e = (t.detach().cpu().reshape(-1, max(1, width)) for t in (actual, expected))
+    flipped = sum(len(set(x) - set(y)) for x, y in zip(a.tolist(), e.tolist(), strict=True))
+    share = flipped / max(1, e.numel())
+    return Difference(float(flipped), share / max_flipped, tolerance)
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: Tolerance | None = None) -> None:
+    """Fail with the numbers unless two tensors agree.
+
+    Raises:
+        AssertionError: naming the largest difference and what is accepted.
+    """
+    tolerance = tolerance or DEFAULT_TOLERANCES.get(expected.dtype, EXACT)
+    found = compare(actual, expected, tolerance)
+    if not found.ok:
+        raise AssertionError(describe(found))
+
+
+def describe(found: Difference) -> str:
+    """Say in words what differs."""
+    if found.problem is not None:
+        return found.problem
+    t = found.tolerance
+    return (
+        f"differs by up to {found.max_abs:.3g}, {found.worst:.3g} times what is accepted "
+        f"(atol {t.atol:g}, rtol {t.rtol:g}: {t.reason})"
+    )
+
+
+def _problem(tolerance: Tolerance, text: str) -> Difference:
+    return Difference(float("nan"), float("inf"), tolerance, text)

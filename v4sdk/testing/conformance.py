@@ -1,0 +1,234 @@
+"""Every op, every case, one backend, against the pure references; and the receipt that says what was shown."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from v4sdk import __version__
+from v4sdk.backend import API_VERSION, Backend, Binding, EngineConfig, bind
+from v4sdk.config import ModelConfig
+from v4sdk.numerics import Numerics
+from v4sdk.ops import OPS
+from v4sdk.ops.op import Case, Op
+from v4sdk.testing.arguments import clone, is_bit_equal, map_tensors, on_backend, readable, tensors
+from v4sdk.testing.compare import (
+    EXACT,
+    PACKED,
+    Difference,
+    compare,
+    compare_selection,
+    describe,
+    tolerance_for,
+)
+from v4sdk.testing.memory import poison, poisoned_memory
+
+DEFAULT_SCALES = ("tiny", "odd", "edge")
+# share of discrete choices that may fall the other way at near ties
+_MAX_FLIPPED = 0.01
+FAILURES = ("failed", "unexpected pass")
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """One row of the receipt.
+
+    Attributes:
+        how: `kernel`, `parts` or `reference`: what ran. evidence: how much a pass here says about a device.
+        max_abs, worst: largest difference, plainly and in units of what is accepted.
+        status: `passed`, `failed`, `known gap` or `unexpected pass`. detail: what went wrong, or the gap's cause.
+    """
+
+    op: str
+    case: str
+    how: str
+    evidence: str
+    status: str
+    max_abs: float
+    worst: float
+    detail: str | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conformance run showed."""
+
+    backend: str
+    results: tuple[CaseResult, ...]
+
+    @property
+    def ok(self) -> bool:
+        """No case failed and no known gap passed."""
+        return bool(self.results) and not any(row.status in FAILURES for row in self.results)
+
+    def receipt(self) -> dict[str, Any]:
+        """The record: op, case, error and evidence of every comparison, and what it was made with."""
+        counts = {s: sum(r.status == s for r in self.results) for s in ("passed", "known gap", *FAILURES)}
+        return {
+            "v4sdk": __version__,
+            "api": API_VERSION,
+            "backend": self.backend,
+            "torch": torch.__version__,
+            "machine": f"{platform.system()} {platform.machine()}",
+            "ok": self.ok,
+            "counts": counts,
+            "cases": [asdict(row) for row in self.results],
+        }
+
+
+def run_conformance(
+    backend: Backend,
+    config: ModelConfig,
+    scales: Sequence[str] = DEFAULT_SCALES,
+    ops: Sequence[str] | None = None,
+    on_result: Callable[[CaseResult], None] | None = None,
+) -> Report:
+    """Compare everything a backend runs with the references.
+
+    Kernels are called on tensors made on the CPU and placed by the backend; arguments an op does not declare as mutated must
+    come back unchanged; fresh memory holds NaN; the result must also arrive in a caller's `out=`.
+
+    Args:
+        config: what `unless` is asked about; a kernel that declines it is not run.
+        scales: sizes of cases; `flash` and `pro` are the real ones and need the memory for it.
+        ops: only these.
+
+    Raises:
+        KernelMismatch: the backend's table contradicts the vocabulary.
+    """
+    results = []
+    for op in OPS.values():
+        if ops is None or op.name in ops:
+            for row in _op_results(op, backend, config, scales):
+                results.append(row)
+                if on_result is not None:
+                    on_result(row)
+    results += _stale_gaps(backend)
+    return Report(backend.name, tuple(results))
+
+
+def _stale_gaps(backend: Backend) -> list[CaseResult]:
+    known = {f"{op.name}/{case.label}" for op in OPS.values() for case in (op.inputs() if op.inputs else ())}
+    return [
+        CaseResult(
+            name, "known_gaps", "reference", "reference", "failed", 0.0, 0.0, "no op has a case of this name"
+        )
+        for name in sorted(set(backend.known_gaps) - known)
+    ]
+
+
+def _op_results(
+    op: Op[..., Any], backend: Backend, config: ModelConfig, scales: Sequence[str]
+) -> Iterator[CaseResult]:
+    broken = _broken_unless(op, bind(backend, config, EngineConfig(capability=backend.capability())))
+    if broken is not None:
+        yield CaseResult(op.name, "unless", "reference", "reference", "failed", 0.0, 0.0, broken)
+    cases = [case for case in (op.inputs() if op.inputs else ()) if case.scale in scales]
+    if not cases:
+        detail = "the op has no cases of these scales"
+        yield CaseResult(op.name, "inputs", "reference", "reference", "failed", 0.0, 0.0, detail)
+    for case in cases:
+        yield _judged(op, case, backend, config)
+
+
+def _broken_unless(op: Op[..., Any], binding: Binding) -> str | None:
+    row = next(row for row in binding.ops if row.op == op.name)
+    return row.reason if row.reason is not None and "`unless` failed" in row.reason else None
+
+
+def _judged(op: Op[..., Any], case: Case, backend: Backend, config: ModelConfig) -> CaseResult:
+    """Run one case and weigh the outcome against the backend's list of known gaps."""
+    args = case.make(torch.device("cpu"))
+    chosen = next((v for v in args.values() if isinstance(v, Numerics)), None)
+    engine = EngineConfig(capability=backend.capability())
+    if chosen is not None:
+        engine = EngineConfig(chosen, chosen.default_kv_format, backend.capability())
+    binding = bind(backend, config, engine)
+    how = next(row.how for row in binding.ops if row.op == op.name)
+    gap = backend.known_gaps.get(f"{op.name}/{case.label}")
+    try:
+        found = _worst(_differences(op, args, backend, binding))
+    except Exception as exc:  # a kernel may raise anything; one that does has failed this case
+        found = Difference(float("nan"), float("inf"), EXACT, f"{type(exc).__name__}: {exc}")
+    status, detail = ("passed", None) if found.ok else ("failed", describe(found))
+    if gap is not None:
+        status, detail = ("unexpected pass", f"listed as a gap: {gap}") if found.ok else ("known gap", gap)
+    bare = {row.op for row in binding.without_kernel}
+    evidence = "reference" if op.name in bare else backend.evidence
+    return CaseResult(op.name, case.label, how, evidence, status, found.max_abs, found.worst, detail)
+
+
+def _differences(
+    op: Op[..., Any], args: dict[str, Any], backend: Backend, binding: Binding
+) -> Iterator[Difference]:
+    """Everything that is compared in one case."""
+    expected_args = clone(args)
+    expected = op(**expected_args)
+    for with_out in (False, True):
+        given = on_backend(args, backend)
+        before = clone(given)
+        with poisoned_memory():
+            extra = (
+                {"out": map_tensors(clone(expected), lambda t: poison(backend.place(t)))} if with_out else {}
+            )
+            result = binding.table[op](**given, **extra)
+            backend.synchronize()
+        if with_out and expected is not None:
+            result = extra["out"]
+        yield from _outputs(op, result, expected)
+        for name in given:
+            if name in op.mutates:
+                yield from _mutated(op, name, given, expected_args)
+            elif not _unchanged(given[name], before[name]):
+                yield Difference(float("nan"), float("inf"), EXACT, f"argument `{name}` was changed in place")
+
+
+def _unchanged(value: Any, before: Any) -> bool:
+    return all(is_bit_equal(a, b) for a, b in zip(tensors(value), tensors(before), strict=True))
+
+
+def _outputs(op: Op[..., Any], result: Any, expected: Any) -> Iterator[Difference]:
+    got, want = list(tensors(result)), list(tensors(expected))
+    if len(got) != len(want):
+        yield Difference(
+            float("nan"), float("inf"), EXACT, f"returned {len(got)} tensors, expected {len(want)}"
+        )
+        return
+    agree: Tensor | None = None
+    for a, e in zip(got, want, strict=True):
+        if op.sensitivity == "selection" and not e.dtype.is_floating_point:
+            yield compare_selection(a, e, _MAX_FLIPPED)
+            if a.shape == e.shape:
+                agree = (a.cpu() == e.cpu()).reshape(a.shape[0], -1).all(-1)
+        elif agree is not None and a.shape == e.shape and a.shape[0] == agree.shape[0]:
+            # weights of another choice are another question
+            yield compare(a.cpu()[agree], e.cpu()[agree], tolerance_for(op, e.dtype))
+        else:
+            yield compare(a, e, tolerance_for(op, e.dtype))
+
+
+def _mutated(
+    op: Op[..., Any], name: str, given: dict[str, Any], expected: dict[str, Any]
+) -> Iterator[Difference]:
+    for a, e in zip(tensors(given[name]), tensors(expected[name]), strict=True):
+        packed = e.dtype == torch.uint8
+        yield compare(
+            readable(op.name, name, a.cpu(), expected),
+            readable(op.name, name, e, expected),
+            PACKED if packed else tolerance_for(op, e.dtype),
+        )
+
+
+def _worst(found: Iterator[Difference]) -> Difference:
+    worst = Difference(0.0, 0.0, EXACT)
+    for difference in found:
+        if difference.problem is not None:
+            return difference
+        if difference.worst > worst.worst or (worst.worst == 0.0 and difference.max_abs > worst.max_abs):
+            worst = difference
+    return worst
