@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from v4sdk.numerics import Numerics
+from v4sdk.ops import cost, inputs
 from v4sdk.ops.batch import Batch
 from v4sdk.ops.linear import linear
 from v4sdk.ops.norm import rms_norm
-from v4sdk.ops.op import OpTable, fused_op, op
+from v4sdk.ops.op import ROUNDING, OpTable, fused_op, op
 from v4sdk.ops.precision import activation_dtype, between_dtype
 from v4sdk.ops.rope import rope
 from v4sdk.ops.rows import entry_rows, load_kv, ring_write, store_kv
@@ -24,7 +25,9 @@ _MAX_QUERY_BLOCK = 256
 KV_Q8_BLOCK = 64
 
 
-@fused_op(parts=(linear, rms_norm))
+@fused_op(
+    parts=(linear, rms_norm), inputs=inputs.cases(inputs.q_project), tolerances=ROUNDING, cost=cost.q_project
+)
 def q_project(
     ops: OpTable, x: Tensor, wq_a: Weight, q_norm: Tensor, wq_b: Weight, rope_table: Tensor, num_heads: int,
     eps: float, numerics: Numerics,
@@ -51,7 +54,13 @@ def q_project(
     return rope(q.to(between), rope_table).to(act), qr
 
 
-@fused_op(parts=(linear, rms_norm), mutates=("window",))
+@fused_op(
+    parts=(linear, rms_norm),
+    mutates=("window",),
+    inputs=inputs.cases(inputs.kv_project_store),
+    tolerances=ROUNDING,
+    cost=cost.kv_project_store,
+)
 def kv_project_store(
     ops: OpTable, x: Tensor, wkv: Weight, kv_norm: Tensor, rope_table: Tensor, batch: Batch, window: Tensor,
     eps: float, numerics: Numerics,
@@ -84,7 +93,13 @@ def kv_project_store(
     return rows
 
 
-@op()
+@op(
+    inputs=inputs.variants(
+        swa=inputs.sparse_attn("swa"), csa=inputs.sparse_attn("csa"), hca=inputs.sparse_attn("hca")
+    ),
+    tolerances=ROUNDING,
+    cost=cost.sparse_attn,
+)
 def sparse_attn(
     q: Tensor, kv: Tensor, window: Tensor, entries: Tensor | None, picks: Tensor | None, batch: Batch, sink: Tensor,
     ratio: int, rope_dim: int, numerics: Numerics,
@@ -213,7 +228,9 @@ def _query_blocks(
         yield i, min(i + step, hi)
 
 
-@fused_op(parts=(linear,))
+@fused_op(
+    parts=(linear,), inputs=inputs.cases(inputs.grouped_out), tolerances=ROUNDING, cost=cost.grouped_out
+)
 def grouped_out(
     ops: OpTable, o: Tensor, wo_a: Weight, wo_b: Weight, rope_table: Tensor, groups: int, numerics: Numerics
 ) -> Tensor:

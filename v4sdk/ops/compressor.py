@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from v4sdk.numerics import Numerics
+from v4sdk.ops import cost, inputs
 from v4sdk.ops.batch import Batch
 from v4sdk.ops.linear import linear, matmul
 from v4sdk.ops.norm import rms_norm
-from v4sdk.ops.op import OpTable, fused_op, op
+from v4sdk.ops.op import ROUNDING, OpTable, fused_op, op
 from v4sdk.ops.precision import activation_dtype, between_dtype
 from v4sdk.ops.rope import rope, rope_table
 from v4sdk.ops.rows import entry_rows, load_index, ring_write, store_index, store_kv
@@ -23,7 +24,15 @@ _KV_Q8_BLOCK = 64
 _LOWEST = torch.iinfo(torch.int64).min
 
 
-@fused_op(parts=(rms_norm,), mutates=("state", "entries"))
+@fused_op(
+    parts=(rms_norm,),
+    mutates=("state", "entries"),
+    inputs=inputs.variants(
+        csa=inputs.compress(4, False), index=inputs.compress(4, True), hca=inputs.compress(128, False)
+    ),
+    tolerances=ROUNDING,
+    cost=cost.compress,
+)
 def compress(
     ops: OpTable, x: Tensor, wkv: Weight, wgate: Weight, ape: Tensor, norm: Tensor, inv_freq: Tensor, batch: Batch,
     state: Tensor, entries: Tensor, ratio: int, is_index: bool, eps: float, numerics: Numerics,
@@ -102,7 +111,9 @@ def _rotate_and_round(x: Tensor, numerics: Numerics) -> Tensor:
     return q4_round(hadamard(x).to(x.dtype)) if numerics.q4_index else x
 
 
-@fused_op(parts=(linear,))
+@fused_op(
+    parts=(linear,), inputs=inputs.cases(inputs.index_query), tolerances=ROUNDING, cost=cost.index_query
+)
 def index_query(
     ops: OpTable, x: Tensor, qr: Tensor, wq_b: Weight, weights_proj: Weight, rope_table: Tensor, num_heads: int,
     numerics: Numerics,
@@ -136,7 +147,9 @@ def index_scores(q: Tensor, w: Tensor, keys: Tensor, numerics: Numerics) -> Tens
     return (w.float()[:, None] @ dot.relu())[:, 0]
 
 
-@op(sensitivity="selection")
+@op(
+    sensitivity="selection", inputs=inputs.cases(inputs.index_topk), tolerances=ROUNDING, cost=cost.index_topk
+)
 def index_topk(
     q: Tensor, w: Tensor, keys: Tensor, batch: Batch, topk: int, ratio: int, numerics: Numerics
 ) -> Tensor:

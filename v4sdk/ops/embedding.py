@@ -5,13 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from v4sdk.numerics import Numerics
+from v4sdk.ops import cost, inputs
 from v4sdk.ops.linear import matmul
-from v4sdk.ops.op import op
+from v4sdk.ops.op import ROUNDING, op
 from v4sdk.ops.precision import activation_dtype
 from v4sdk.weights import Weight
 
 
-@op()
+@op(inputs=inputs.cases(inputs.embed), tolerances=ROUNDING, cost=cost.embed)
 def embed(token_ids: Tensor, weight: Tensor, hc_mult: int, numerics: Numerics) -> Tensor:
     """Look up token rows and copy each into all streams. There is no embedding scale.
 
@@ -22,7 +23,7 @@ def embed(token_ids: Tensor, weight: Tensor, hc_mult: int, numerics: Numerics) -
     return h[:, None].expand(-1, hc_mult, -1).contiguous()
 
 
-@op()
+@op(inputs=inputs.cases(inputs.logits), tolerances=ROUNDING, cost=cost.logits)
 def logits(h: Tensor, head: Weight) -> Tensor:
     """Score every vocabulary entry: float32(h) @ float32(head).T.
 

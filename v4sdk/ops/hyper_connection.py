@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from v4sdk.ops import cost, inputs
 from v4sdk.ops.norm import rms_norm
-from v4sdk.ops.op import OpTable, fused_op, op
+from v4sdk.ops.op import ROUNDING, OpTable, fused_op, op
 from v4sdk.quant import split_last
 
 
@@ -32,7 +33,7 @@ def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
     return c
 
 
-@op()
+@op(inputs=inputs.cases(inputs.hc_pre), tolerances=ROUNDING, cost=cost.hc_pre)
 def hc_pre(
     x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iterations: int, norm_eps: float, hc_eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,7 +57,7 @@ def hc_pre(
     return u, post, sinkhorn(comb, iterations, hc_eps)
 
 
-@op()
+@op(inputs=inputs.cases(inputs.hc_post), tolerances=ROUNDING, cost=cost.hc_post)
 def hc_post(y: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     """Write a sub-layer's output back into the streams.
 
@@ -74,7 +75,12 @@ def hc_post(y: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     return (post[..., None] * y.float()[:, None] + mixed).to(x.dtype)
 
 
-@fused_op(parts=(hc_post, hc_pre, rms_norm))
+@fused_op(
+    parts=(hc_post, hc_pre, rms_norm),
+    inputs=inputs.cases(inputs.hc_post_pre),
+    tolerances=ROUNDING,
+    cost=cost.hc_post_pre,
+)
 def hc_post_pre(
     ops: OpTable, y: Tensor, x: Tensor, post: Tensor, comb: Tensor, fn: Tensor, base: Tensor, scale: Tensor,
     norm_weight: Tensor, iterations: int, norm_eps: float, hc_eps: float,
@@ -90,7 +96,7 @@ def hc_post_pre(
     return streams, ops[rms_norm](u, norm_weight, norm_eps, u.dtype), next_post, next_comb
 
 
-@op()
+@op(inputs=inputs.cases(inputs.hc_head), tolerances=ROUNDING, cost=cost.hc_head)
 def hc_head(x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_eps: float, hc_eps: float) -> Tensor:
     """Collapse the streams for the output head: h = sum_j (sigmoid(mix_j * scale + base_j) + hc_eps) x_j.
 

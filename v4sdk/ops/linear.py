@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from v4sdk.numerics import Numerics
-from v4sdk.ops.op import op
+from v4sdk.ops import cost, inputs
+from v4sdk.ops.op import ROUNDING, op
 from v4sdk.quant import q8_round
 from v4sdk.weights import Weight
 
@@ -31,7 +32,7 @@ def matmul(x: Tensor, weight: Weight) -> Tensor:
     return torch.cat([x @ weight.dequantize(first, last).T for first, last in blocks], -1)
 
 
-@op()
+@op(inputs=inputs.cases(inputs.linear), tolerances=ROUNDING, cost=cost.linear)
 def linear(x: Tensor, weight: Weight, numerics: Numerics, dtype: torch.dtype) -> Tensor:
     """Multiply by a weight as stored: y = x @ weight.T, accumulated in float32, rounded once to `dtype`.
 

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from v4sdk.numerics import Numerics
+from v4sdk.ops import cost, inputs
 from v4sdk.ops.linear import gemm_input, linear
-from v4sdk.ops.op import OpTable, fused_op, op
+from v4sdk.ops.op import ROUNDING, OpTable, fused_op, op
 from v4sdk.ops.precision import activation_dtype, between_dtype
 from v4sdk.weights import DEQUANT_LIMIT_BYTES, ExpertWeights, Weight, pick
 
@@ -23,7 +24,7 @@ def _weights(scores: Tensor, ids: Tensor, scale: float) -> Tensor:
     return w / w.sum(-1, keepdim=True) * scale
 
 
-@op(sensitivity="selection")
+@op(sensitivity="selection", inputs=inputs.cases(inputs.route), tolerances=ROUNDING, cost=cost.route)
 def route(
     u: Tensor, gate: Tensor, bias: Tensor, num_experts_per_tok: int, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -44,7 +45,7 @@ def route(
     return ids.to(torch.int32), _weights(scores, ids, scale)
 
 
-@op()
+@op(inputs=inputs.cases(inputs.route_hash), tolerances=ROUNDING, cost=cost.route_hash)
 def route_hash(
     u: Tensor, gate: Tensor, tid2eid: Tensor, token_ids: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -64,7 +65,11 @@ def _gated(g: Tensor, v: Tensor, limit: float) -> Tensor:
     return F.silu(g) * v
 
 
-@op()
+@op(
+    inputs=inputs.variants(mapped=inputs.routed_experts(False), packed=inputs.routed_experts(True)),
+    tolerances=ROUNDING,
+    cost=cost.routed_experts,
+)
 def routed_experts(
     u: Tensor, ids: Tensor, weights: Tensor, experts: ExpertWeights, limit: float, numerics: Numerics
 ) -> Tensor:
@@ -133,7 +138,9 @@ def _chosen_on_device(
     return y
 
 
-@fused_op(parts=(linear,))
+@fused_op(
+    parts=(linear,), inputs=inputs.cases(inputs.shared_expert), tolerances=ROUNDING, cost=cost.shared_expert
+)
 def shared_expert(
     ops: OpTable,
     u: Tensor,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from v4sdk.ops.op import op
+from v4sdk.ops import cost, inputs
+from v4sdk.ops.op import ROUNDING, op
 
 
-@op()
+@op(inputs=inputs.cases(inputs.rms_norm), tolerances=ROUNDING, cost=cost.rms_norm)
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """Normalise the last dimension to unit root mean square, then scale.
 

@@ -59,6 +59,19 @@ class Tolerance:
     reason: str
 
 
+# what a correct kernel may differ by when it only adds in another order
+ROUNDING: Mapping[torch.dtype, Tolerance] = {
+    torch.float32: Tolerance(2e-5, 2e-5, "float32 sums of up to 16k terms in any order"),
+    torch.bfloat16: Tolerance(
+        2**-8, 2**-6, "one BF16 step of a value that fell on the other side of a rounding"
+    ),
+    torch.uint8: Tolerance(
+        0.0, 0.01, "share of stored bytes that may differ: FP8 and FP4 roundings at a boundary"
+    ),
+    torch.int32: Tolerance(0.0, 0.01, "share of rows whose choice may differ: scores closer than a rounding"),
+}
+
+
 class OpTable:
     """Functions by op: a kernel, the parts of a fused op, or the reference. `table[op]` has the op's own type."""
 
