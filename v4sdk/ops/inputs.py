@@ -117,10 +117,11 @@ class Layout:
         width = max(counts)
         table = [t + [-1] * (width - len(t)) for t in tables]
         slots = list(range(len(self.starts)))[::-1]
-        ints = [
+        ids = draw.integers(vocab, len(positions))
+        pos, cu_seqlens, slot, pages = (
             torch.tensor(v, dtype=torch.int32, device=draw.device) for v in (positions, bounds, slots, table)
-        ]
-        return make_batch(draw.integers(vocab, len(positions)), *ints, _PAGE_TOKENS)
+        )
+        return make_batch(ids, pos, cu_seqlens, slot, pages, _PAGE_TOKENS)
 
     @property
     def num_pages(self) -> int:
