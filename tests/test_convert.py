@@ -16,8 +16,9 @@ from torch import Tensor
 
 from v4sdk.config import ModelConfig, QuantizationConfig
 from v4sdk.config_file import config_dict
-from v4sdk.convert import INDEX_NAME, FloatTensors, released, round_weights, unquantised, write_checkpoint
+from v4sdk.convert import FloatTensors, released, round_weights, unquantised, write_checkpoint
 from v4sdk.errors import CheckpointError, ShapeError
+from v4sdk.headers import INDEX_NAME
 from v4sdk.tensors import expected_tensors
 from v4sdk.weight_formats import pack_fp4, pack_fp8, round_fp4, round_fp8
 from v4sdk.weights import Weight

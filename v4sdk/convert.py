@@ -21,6 +21,7 @@ from torch import Tensor
 from v4sdk.config import ModelConfig, QuantizationConfig
 from v4sdk.config_file import config_dict
 from v4sdk.errors import CheckpointError
+from v4sdk.headers import INDEX_NAME, SINGLE_NAME
 from v4sdk.quant import ue8m0_value
 from v4sdk.tensors import ITEM_BYTES, TensorSpec, expected_tensors
 from v4sdk.weight_formats import pack_fp4, pack_fp8, round_fp4, round_fp8
@@ -34,7 +35,6 @@ TORCH_DTYPES = {
     "F32": torch.float32,
     "I64": torch.int64,
 }
-INDEX_NAME = "model.safetensors.index.json"
 FloatDtype = Literal["BF16", "F32"]
 
 
@@ -219,7 +219,7 @@ def _with_dtype(spec: TensorSpec, float_dtype: FloatDtype | None) -> TensorSpec:
 
 def _files(specs: list[TensorSpec], sharded: bool) -> dict[str, list[TensorSpec]]:
     if not sharded:
-        return {"model.safetensors": specs}
+        return {SINGLE_NAME: specs}
     numbers = sorted({spec.shard for spec in specs})
     names = {n: f"model-{at + 1:05d}-of-{len(numbers):05d}.safetensors" for at, n in enumerate(numbers)}
     shards: dict[str, list[TensorSpec]] = {name: [] for name in names.values()}
