@@ -1,0 +1,184 @@
+"""Opens a model: from a folder, a hub id or the bundled one to everything a session holds. Reads no weight it need not."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from v4sdk import plugins
+from v4sdk.backend import Backend, Binding, EngineConfig, bind
+from v4sdk.checkpoint import Checkpoint
+from v4sdk.config import ModelConfig
+from v4sdk.errors import CheckpointError, ConfigError
+from v4sdk.kv_cache import KVCache
+from v4sdk.model import Binder, V4Model
+from v4sdk.numerics import KVFormat, Numerics
+from v4sdk.numerics import kv_format as kv_format_of
+from v4sdk.numerics import numerics as numerics_of
+from v4sdk.progress import OnProgress, Progress
+from v4sdk.prompts import Dialect
+from v4sdk.sampling import SamplingParams, eos_from_generation_config, params_from_generation_config
+from v4sdk.tokenizer import Tokenizer
+from v4sdk.weights import WeightSource
+
+log = logging.getLogger("v4sdk")
+DEFAULT_NUMERICS = "fast"
+
+
+@dataclass(frozen=True)
+class FolderSettings:
+    """What a folder says beside its weights.
+
+    Attributes:
+        sampling: defaults of `generation_config.json`. end_ids: end tokens of that file and of `config.json`.
+        thinking: whether chat thinks unless told otherwise (`default_mode` of `v4sdk.json`).
+        trained_context: length it was trained for, where known.
+        raw: the whole of `v4sdk.json`.
+    """
+
+    sampling: SamplingParams
+    end_ids: frozenset[int]
+    thinking: bool = True
+    trained_context: int | None = None
+    raw: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Loaded:
+    """The parts of a session, assembled.
+
+    Attributes:
+        is_bundled: the small demonstration model that comes with the package.
+        binding: how every op runs on this backend.
+    """
+
+    folder: Path
+    is_bundled: bool
+    config: ModelConfig
+    settings: FolderSettings
+    tokenizer: Tokenizer | None
+    dialect: Dialect | None
+    backend: Backend
+    numerics: Numerics
+    kv_format: KVFormat
+    binding: Binding
+    model: V4Model
+    cache: KVCache
+    fingerprint: str
+
+
+def bundled_folder() -> Path:
+    """The folder of the model that comes with the package."""
+    return Path(str(files("v4sdk") / "nano"))
+
+
+def find_folder(model: str | Path | None, revision: str | None, on_progress: OnProgress) -> Path:
+    """From what a user names to a folder: None is the bundled model, an existing path itself, else a hub id.
+
+    Raises:
+        CheckpointError: if there is no such folder and the name cannot be a hub id.
+    """
+    if model is None:
+        return bundled_folder()
+    path = Path(model).expanduser()
+    named = str(model)
+    if path.exists() or isinstance(model, Path) or named.startswith((".", "/", "~")) or named.count("/") != 1:
+        return path
+    # imported only here: a local folder needs no hub client
+    from v4sdk import hub
+
+    return hub.fetch(named, revision, on_progress)
+
+
+def read_settings(folder: Path, config: ModelConfig) -> FolderSettings:
+    """Read `generation_config.json` and `v4sdk.json`; both may be absent.
+
+    Raises:
+        ConfigError: if one of them is not readable, or states an unknown mode.
+    """
+    generation, own = _read_json(folder / "generation_config.json"), _read_json(folder / "v4sdk.json")
+    mode, trained = own.get("default_mode", "thinking"), own.get("trained_context")
+    if mode not in ("thinking", "chat"):
+        raise ConfigError(f"`default_mode` in `v4sdk.json` is {mode!r}, expected `thinking` or `chat`")
+    if trained is not None and (type(trained) is not int or trained < 1):
+        raise ConfigError(f"`trained_context` in `v4sdk.json` is {trained!r}, expected a positive integer")
+    ends = frozenset((config.eos_token_id, *eos_from_generation_config(generation)))
+    return FolderSettings(params_from_generation_config(generation), ends, mode == "thinking", trained, own)
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as exc:
+        raise ConfigError(f"`{path}` is not readable JSON: {exc}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"`{path}` holds a {type(raw).__name__}, expected a JSON object")
+    return raw
+
+
+def open_model(
+    model: str | Path | None, *, backend: str | Backend | None, numerics: str | Numerics | None, kv_format: str | None,
+    revision: str | None, strict: bool, dialect: str | Dialect | None, on_progress: OnProgress,
+) -> Loaded:  # fmt: skip
+    """Open and bind a model; every fault of the folder is found here, before the first token.
+
+    Raises:
+        ConfigError, CheckpointError, PromptError, UnknownBackend, BackendUnavailable, KernelMismatch: see their texts.
+    """
+    folder = find_folder(model, revision, on_progress)
+    chosen = numerics_of(numerics or DEFAULT_NUMERICS) if not isinstance(numerics, Numerics) else numerics
+    fmt = kv_format_of(kv_format, chosen)
+    device = backend if isinstance(backend, Backend) else plugins.select(backend)
+    with Checkpoint(folder) as checkpoint:
+        config = checkpoint.config
+        settings = read_settings(folder, config)
+        tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
+        if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+            raise CheckpointError(
+                f"`tokenizer.json` has ids up to {tokenizer.vocab_size - 1}, but `vocab_size` is {config.vocab_size}",
+                hint="is this the tokenizer this checkpoint belongs to?",
+            )
+        spoken = dialect if isinstance(dialect, Dialect) else Dialect.named(dialect) if dialect else None
+        spoken = spoken or Dialect.from_folder(folder)
+        binding = bind(device, config, EngineConfig(chosen, fmt, device.capability()), strict)
+        network = _bind_weights(checkpoint, device, chosen, binding, on_progress)
+        cache = KVCache(config, fmt, device.device)
+        return Loaded(
+            folder, model is None, config, settings, tokenizer, spoken, device, chosen, fmt, binding, network, cache,
+            checkpoint.fingerprint(),
+        )  # fmt: skip
+
+
+def _bind_weights(
+    checkpoint: Checkpoint, backend: Backend, chosen: Numerics, binding: Binding, on_progress: OnProgress
+) -> V4Model:
+    config = checkpoint.config
+    blocks, total = 0, config.num_hidden_layers
+
+    def experts(role: str, weights: Any) -> Any:
+        nonlocal blocks
+        placed = backend.prepare_experts(role, weights)
+        blocks += 1
+        on_progress(Progress("load", blocks, total, "layers"))
+        return placed
+
+    block = config.quantization.block if config.quantization else (128, 128)
+    source = WeightSource(checkpoint, block)
+    binder = Binder(config, source, backend.prepare_weight, experts, backend.place)
+    with torch.inference_mode():
+        return V4Model(binder, chosen, binding.table)
+
+
+def collect() -> None:
+    """Drop what only cycles keep alive, so that mapped shards disappear with their session."""
+    gc.collect()

@@ -1,0 +1,29 @@
+"""What long operations report to a callback: loading, reading a prompt, and notices. Knows nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One report.
+
+    Attributes:
+        kind: `load` and `prefill` count `done` of `total` in `unit`; a `notice` is said once, in `text`.
+    """
+
+    kind: Literal["load", "prefill", "notice"]
+    done: int = 0
+    total: int = 0
+    unit: str = ""
+    text: str = ""
+
+
+OnProgress = Callable[[Progress], None]
+
+
+def silent(report: Progress) -> None:
+    """Nobody listens."""

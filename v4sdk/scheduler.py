@@ -1,0 +1,162 @@
+"""Runs requests: admits what fits, prefills it packed, decodes all of it together until each is finished."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from v4sdk.decode import Constraint, DecodeStep, Sampler, TokenLogprob
+from v4sdk.engine import Engine, OnChunk
+from v4sdk.errors import Cancelled
+from v4sdk.output import FinishReason, Piece, Transcript
+from v4sdk.sampling import SamplingParams
+from v4sdk.sequence import SequenceState
+
+
+@dataclass(eq=False)
+class Request:
+    """One answer to generate.
+
+    Attributes:
+        state: a sequence whose pending tokens are the prompt. params: with every value filled in.
+        max_tokens: most to generate. end_ids: tokens that end it. hidden_ids: tokens that are not text.
+        owned: the state goes back to the engine when the request is over.
+    """
+
+    state: SequenceState
+    params: SamplingParams
+    transcript: Transcript
+    max_tokens: int
+    end_ids: frozenset[int]
+    hidden_ids: frozenset[int]
+    owned: bool
+    constraint: Constraint | None = None
+    finish_reason: FinishReason | None = None
+    started_s: float = field(default_factory=time.perf_counter)
+    first_token_s: float = 0.0
+
+
+class Scheduler:
+    """Generates for several requests at once; rows leave when they finish and waiting requests take their place.
+
+    Args:
+        cancelled: asked before every layer of prefill and before every token of decode.
+        on_chunk: told (tokens read, tokens to read) during prefill.
+    """
+
+    def __init__(
+        self, engine: Engine, requests: Sequence[Request], max_batch: int, cancelled: Callable[[], bool], on_chunk: OnChunk
+    ) -> None:  # fmt: skip
+        self._engine, self._max_batch = engine, max_batch
+        self._cancelled, self._on_chunk = cancelled, on_chunk
+        self._all = list(requests)
+        self._waiting, self._running = list(requests), list[Request]()
+        for request in self._all:
+            request.state.in_use = True
+        self._events = self._run()
+
+    def next_event(self) -> tuple[Request, list[Piece]] | None:
+        """What the next token of some request completed; None when all have finished.
+
+        Raises:
+            Cancelled: during prefill, when nothing has been answered yet. The sequences stand at their last chunk.
+        """
+        return next(self._events, None)
+
+    def _run(self) -> Generator[tuple[Request, list[Piece]]]:
+        try:
+            step: DecodeStep | None = None
+            while self._waiting or self._running:
+                if self._waiting and len(self._running) < self._max_batch:
+                    yield from self._admit()
+                    step = None
+                    continue
+                if self._cancelled():
+                    yield from self._stop_all()
+                    return
+                if step is None or step.steps_left == 0:
+                    step = self._decode_step()
+                running = list(self._running)
+                tokens = self._engine.decode(step, [r.state for r in running])
+                for request, token in zip(running, tokens, strict=True):
+                    yield request, self._take(request, token)
+                if len(self._running) < len(running):
+                    step = None
+        finally:
+            self._leave()
+
+    def close(self) -> None:
+        """Leave every sequence as it stands, and let go of the model."""
+        self._events.close()
+        # a generator that never began has no `finally` to run
+        self._leave()
+
+    def _leave(self) -> None:
+        for request in self._all:
+            self._release(request)
+        self._waiting, self._running = [], []
+
+    def _admit(self) -> Iterator[tuple[Request, list[Piece]]]:
+        room = self._max_batch - len(self._running)
+        new, self._waiting = self._waiting[:room], self._waiting[room:]
+        states = [r.state for r in new]
+        try:
+            logits = self._engine.advance(states, self._check, self._on_chunk)
+        except Cancelled:
+            # what was not read is not part of the sequence
+            for state in states:
+                del state.ids[state.num_cached :]
+            raise
+        now = time.perf_counter()
+        tokens = self._engine.first_tokens(self._sampler(new), states, logits)
+        for request in new:
+            request.first_token_s = now
+        self._running += new
+        for request, token in zip(new, tokens, strict=True):
+            yield request, self._take(request, token)
+
+    def _decode_step(self) -> DecodeStep:
+        return self._engine.decode_step([r.state for r in self._running], self._sampler(self._running))
+
+    def _sampler(self, requests: Sequence[Request]) -> Sampler:
+        model = self._engine.model
+        return Sampler(
+            [r.params for r in requests], [r.state for r in requests], [r.constraint for r in requests],
+            model.config.vocab_size, self._engine.cache.device,
+        )  # fmt: skip
+
+    def _take(self, request: Request, token: TokenLogprob) -> list[Piece]:
+        pieces = request.transcript.feed(token, shown=token.id not in request.hidden_ids)
+        if token.id in request.end_ids or request.transcript.stopped:
+            return pieces + self._finish(request, "stop")
+        if request.transcript.num_tokens >= request.max_tokens:
+            return pieces + self._finish(request, "length")
+        return pieces
+
+    def _finish(self, request: Request, reason: FinishReason) -> list[Piece]:
+        now = time.perf_counter()
+        first = request.first_token_s or now
+        request.finish_reason = reason
+        self._running = [r for r in self._running if r is not request]
+        if not request.owned:
+            self._engine.remember(request.state)
+        pieces = request.transcript.finish(reason, first - request.started_s, now - first)
+        self._release(request)
+        return pieces
+
+    def _release(self, request: Request) -> None:
+        if request.state.in_use:
+            request.state.in_use = False
+            if request.owned:
+                self._engine.free(request.state)
+
+    def _stop_all(self) -> Iterator[tuple[Request, list[Piece]]]:
+        for request in [*self._running, *self._waiting]:
+            yield request, self._finish(request, "cancelled")
+
+    def _check(self) -> None:
+        if self._cancelled():
+            raise Cancelled(
+                "generation was cancelled while the prompt was read", hint="send it again to go on"
+            )
