@@ -127,14 +127,30 @@ def reference_order(turns: Sequence[Turn]) -> list[Turn]:
 
 
 def hosted_order(turns: Sequence[Turn], *, hoist: bool) -> list[Turn]:
-    """As `reference_order`, without empty system messages, with `hoist` the others joined at the front."""
+    """As `reference_order`, without empty system messages.
+
+    With `hoist` the other system messages are joined at the front, and empty ones among consecutive user
+    messages are left out.
+    """
     systems = [turn for turn in turns if turn.role == "system" and (turn.text or turn.tools)]
     rest = [turn for turn in turns if turn.role != "system" or (not hoist and (turn.text or turn.tools))]
     if systems and hoist:
         tools = [function for turn in systems for function in turn.tools]
         text = "\n\n".join(turn.text for turn in systems if turn.text)
         rest.insert(0, replace(systems[0], text=text, tools=tools))
+    rest = _joined_users(rest) if hoist else rest
     return reference_order(rest or [Turn("system")])
+
+
+def _joined_users(turns: Sequence[Turn]) -> list[Turn]:
+    joined: list[Turn] = []
+    for turn in turns:
+        if turn.role == "user" and joined and joined[-1].role == "user":
+            texts = [text for _, text in (*joined[-1].blocks, *turn.blocks) if text]
+            joined[-1] = replace(turn, blocks=[(None, "\n\n".join(texts))])
+        else:
+            joined.append(turn)
+    return joined
 
 
 def check_results(turns: Sequence[Turn]) -> None:

@@ -150,8 +150,8 @@ class HostedRenderer(Renderer):
 
     def _lead(self, first: Turn, effort: str) -> None:
         """Write the effort text; where the dialect has a system token, it opens the leading system text."""
-        says_something = effort or first.role == "system"
-        if self.dialect.system is not None and says_something:
+        leads = first.role == "system" and bool(first.text or first.tools or first.response_format)
+        if self.dialect.system is not None and (effort or leads):
             self.out.control(self.dialect.system)
         self.out.trusted(effort)
 
