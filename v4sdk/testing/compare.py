@@ -73,8 +73,9 @@ def compare_selection(actual: Tensor, expected: Tensor, max_flipped: float) -> D
     tolerance = Tolerance(0.0, 0.0, f"at most {max_flipped:.0%} of the choices may differ at near ties")
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return compare(actual, expected, tolerance)
-    width = expected.shape[-1] if expected.dim() > 1 else 1
-    a, e = (t.detach().cpu().reshape(-1, max(1, width)) for t in (actual, expected))
+    if expected.numel() == 0:
+        return Difference(0.0, 0.0, tolerance)
+    a, e = (t.detach().cpu().reshape(-1, t.shape[-1] if t.dim() > 1 else 1) for t in (actual, expected))
     flipped = sum(len(set(x) - set(y)) for x, y in zip(a.tolist(), e.tolist(), strict=True))
     share = flipped / max(1, e.numel())
     return Difference(float(flipped), share / max_flipped, tolerance)

@@ -1,0 +1,185 @@
+"""Commands that describe: what is installed, what a checkpoint is, what this machine has, whether a backend is right."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from v4sdk import plugins
+from v4sdk.cli.tables import show_table
+from v4sdk.errors import V4Error
+
+if TYPE_CHECKING:
+    from v4sdk.backend import Backend, Binding
+    from v4sdk.config import ModelConfig
+    from v4sdk.testing import CaseResult, Report
+
+_MODEL_HELP = "Checkpoint folder or hub id (default: the bundled demonstration model)."
+
+
+@click.command()
+@click.option("--ops", is_flag=True, help="Also list how each op of the model would run.")
+@click.option("--model", metavar="PATH|ID", help=_MODEL_HELP)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of tables.")
+def backends(ops: bool, model: str | None, as_json: bool) -> None:
+    """List installed backends and whether they can be used here."""
+    found = plugins.statuses()
+    rows = [
+        {
+            "name": status.name,
+            "state": status.state,
+            "reason": status.reason,
+            "evidence": status.backend.evidence if status.backend else None,
+            "priority": status.backend.priority if status.backend else None,
+            "distribution": status.distribution,
+        }
+        for status in found
+    ]
+    bound = {s.name: _bind(s.backend, model) for s in found if ops and s.backend and s.state == "available"}
+    if as_json:
+        how = {name: {row.op: row.how for row in binding.ops} for name, binding in bound.items()}
+        click.echo(json.dumps({"backends": rows} | ({"ops": how} if ops else {})))
+        return
+    columns = ("backend", "state", "evidence", "from", "reason")
+    keys = ("name", "state", "evidence", "distribution", "reason")
+    show_table(columns, [["" if row[k] is None else str(row[k]) for k in keys] for row in rows])
+    if ops:
+        _show_ops(bound)
+
+
+def _show_ops(bound: dict[str, Binding]) -> None:
+    from v4sdk.ops import OPS
+
+    how = {name: {row.op: row for row in binding.ops} for name, binding in bound.items()}
+    show_table(
+        ("op", *bound),
+        [[op, *(_how(how[name][op].how, how[name][op].reason) for name in bound)] for op in OPS],
+        "how each op runs",
+    )
+
+
+def _how(how: str, reason: str | None) -> str:
+    return how if reason in (None, "no kernel") else f"{how}: {reason}"
+
+
+def _bind(backend: Backend, model: str | None) -> Binding:
+    from v4sdk.backend import EngineConfig, bind
+
+    return bind(backend, _config(model), EngineConfig(capability=backend.capability()))
+
+
+def _config(model: str | None) -> ModelConfig:
+    from v4sdk.config import ModelConfig
+
+    return ModelConfig.from_folder(model if model is not None else _bundled())
+
+
+def _bundled() -> Path:
+    return Path(__file__).resolve().parent.parent / "nano"
+
+
+@click.command()
+@click.option("--backend", metavar="NAME", help="Only this backend; exit 1 if it cannot be used.")
+def doctor(backend: str | None) -> int:
+    """Show what was found on this machine, and what is missing."""
+    found = [status for status in plugins.statuses() if backend in (None, status.name)]
+    if not found:
+        plugins.select(backend)
+    show_table(("subject", "found", "state or way out"), _machine_rows(), "machine")
+    for status in found:
+        rows = [["usable here", status.reason or "yes", status.state]]
+        for row in status.backend.doctor() if status.backend else ():
+            rows.append([row.subject, row.finding, "ok" if row.ok else row.hint or "missing"])
+        show_table(("subject", "found", "state or way out"), rows, f"backend {status.name}")
+    return int(backend is not None and any(status.state != "available" for status in found))
+
+
+def _machine_rows() -> list[list[str]]:
+    import os
+    import platform
+    from importlib.util import find_spec
+
+    import torch
+
+    from v4sdk import __version__
+
+    pages = {name: os.sysconf(name) for name in ("SC_PAGE_SIZE", "SC_PHYS_PAGES", "SC_AVPHYS_PAGES")}
+    total, free = (pages["SC_PAGE_SIZE"] * pages[name] / 1e9 for name in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
+    grammar = find_spec("llguidance") is not None
+    return [
+        ["v4sdk", __version__, "ok"],
+        ["python", f"{platform.python_version()} on {platform.system()} {platform.machine()}", "ok"],
+        ["torch", torch.__version__, "ok"],
+        ["memory", f"{total:.1f} GB, {free:.1f} GB unused", "ok"],
+        ["bundled model", "present" if (_bundled() / "config.json").exists() else "absent", "ok"],
+        [
+            "grammars",
+            "llguidance installed" if grammar else "llguidance not installed",
+            "ok" if grammar else "pip install 'v4sdk[grammar]' for response_format",
+        ],
+    ]
+
+
+@click.command()
+@click.option("--backend", default=plugins.AUTO, show_default=True, metavar="NAME", help="Backend to test.")
+@click.option(
+    "--model", metavar="PATH|ID", help="Ask kernels about this model's sizes (default: the bundled one)."
+)
+@click.option("--op", "ops", multiple=True, metavar="OP", help="Only this op; may be repeated.")
+@click.option(
+    "--scale",
+    "scales",
+    multiple=True,
+    type=click.Choice(["tiny", "odd", "edge", "flash", "pro"]),
+    help="Sizes of cases; may be repeated (default: tiny, odd and edge).",
+)
+@click.option("--json", "receipt", type=click.Path(path_type=Path), help="Write the receipt to this file.")
+def conformance(
+    backend: str, model: str | None, ops: tuple[str, ...], scales: tuple[str, ...], receipt: Path | None
+) -> int:
+    """Compare every op of a backend with its reference; exit 1 if one differs."""
+    from v4sdk.ops import OPS
+    from v4sdk.testing import run_conformance
+    from v4sdk.testing.conformance import DEFAULT_SCALES
+
+    for name in ops:
+        if name not in OPS:
+            raise V4Error(f"op `{name}` is unknown, expected one of {', '.join(OPS)}")
+    chosen = plugins.select(backend)
+    report = run_conformance(chosen, _config(model), scales or DEFAULT_SCALES, ops or None)
+    _show_report(report)
+    if receipt is not None:
+        _write(receipt, report.receipt())
+    return int(not report.ok)
+
+
+def _show_report(report: Report) -> None:
+    by_op: dict[str, list[CaseResult]] = {}
+    for row in report.results:
+        by_op.setdefault(row.op, []).append(row)
+    rows = []
+    for op, results in by_op.items():
+        worst = max(r.worst for r in results)
+        bad = [r for r in results if r.status != "passed"]
+        status = bad[0].status if bad else "passed"
+        rows.append([op, results[0].how, results[0].evidence, str(len(results)), f"{worst:.2g}", status])
+    show_table(
+        ("op", "ran", "evidence", "cases", "error / accepted", "status"), rows, f"backend {report.backend}"
+    )
+    for row in report.results:
+        if row.status != "passed":
+            click.echo(f"{row.status}: {row.op}/{row.case}: {row.detail}")
+    counts = report.receipt()["counts"]
+    click.echo(", ".join(f"{n} {status}" for status, n in counts.items()))
+
+
+def _write(path: Path, receipt: dict[str, Any]) -> None:
+    # NaN and infinity are not JSON: what could not be measured is null
+    clean = json.loads(json.dumps(receipt), parse_constant=lambda _: None)
+    try:
+        path.write_text(json.dumps(clean, indent=1) + "\n", encoding="utf-8")
+    except OSError as exc:
+        raise V4Error(f"`{path}` cannot be written: {exc.strerror}") from None
