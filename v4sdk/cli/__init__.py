@@ -13,6 +13,7 @@ from typing import NoReturn
 import click
 
 from v4sdk import __version__
+from v4sdk.cli.errors import show_error
 from v4sdk.errors import V4Error
 
 EXIT_ERROR = 1
@@ -90,13 +91,6 @@ def main() -> NoReturn:
         # whoever read our output has left: nothing to say, and nobody to say it to
         _silence_stdout()
         sys.exit(EXIT_ERROR)
-
-
-def show_error(error: V4Error) -> None:
-    """Write `error:` and `hint:` lines to stderr."""
-    click.echo(f"error: {error.message}", err=True)
-    if error.hint:
-        click.echo(f"hint: {error.hint}", err=True)
 
 
 def _silence_stdout() -> None:

@@ -12,6 +12,7 @@ import click
 
 if TYPE_CHECKING:
     from v4sdk.output import Piece, Result, Usage
+    from v4sdk.progress import Progress
     from v4sdk.prompts import ToolCall
 
 _PROGRESS_TTY_S = 0.2
@@ -41,7 +42,11 @@ class TextPrinter:
             self._end_reasoning()
         text = piece.text
         if piece.tool_call is not None:
-            text = ("" if self._last in ("", "\n") else "\n") + json.dumps({"tool_call": call_json(piece.tool_call)}) + "\n"
+            text = (
+                ("" if self._last in ("", "\n") else "\n")
+                + json.dumps({"tool_call": call_json(piece.tool_call)})
+                + "\n"
+            )
         if piece.finish_reason is not None and self._last not in ("", "\n"):
             text += "\n"
         if text:
@@ -75,20 +80,28 @@ class EventPrinter:
         click.echo(json.dumps({"event": name} | fields, ensure_ascii=False))
 
 
-class Progress:
-    """Says how far loading or a long prefill is, in place on a terminal and now and then elsewhere."""
+class ProgressLine:
+    """Says how far loading or a long prefill is, in place on a terminal and now and then elsewhere; notices in full."""
 
     def __init__(self) -> None:
         self._is_tty = sys.stderr.isatty()
         self._shown = time.monotonic()
         self._open = False
 
-    def __call__(self, what: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self._shown < (_PROGRESS_TTY_S if self._is_tty else _PROGRESS_PIPE_S):
+    def __call__(self, report: Progress) -> None:
+        """Show one report, unless the last one is fresh."""
+        if report.kind == "notice":
+            self.clear()
+            click.echo(f"note: {report.text}", err=True)
             return
-        self._shown = now
-        line = f"{what} {done:,} / {total:,}"
+        now = time.monotonic()
+        if report.done >= report.total:
+            self.clear()
+        elif now - self._shown >= (_PROGRESS_TTY_S if self._is_tty else _PROGRESS_PIPE_S):
+            self._shown = now
+            self._say(f"{report.kind} {report.done:,} / {report.total:,} {report.unit}")
+
+    def _say(self, line: str) -> None:
         if self._is_tty:
             self._open = True
             click.echo(f"\r\x1b[K{line}", nl=False, err=True)
