@@ -129,7 +129,7 @@ def read_shard_header(path: Path) -> tuple[dict[str, TensorHeader], int]:
     return tensors, size
 
 
-_AGAIN = "download the checkpoint again; an interrupted download resumes where it stopped"
+_AGAIN = "download the checkpoint again; files that are complete are not fetched twice"
 
 
 class _RepeatedNameError(Exception):
