@@ -189,3 +189,10 @@ def _no_constant(word: str) -> NoReturn:
 
 def _refuse(message: str) -> NoReturn:
     raise CallRefused(message)
+
+
+def control_marks(dialect: Dialect) -> tuple[dict[str, str], dict[str, str]]:
+    """Return one private character per control token of the dialect, and the way back."""
+    others = [token for token in dialect.control_tokens if token != dialect.dsml]
+    marks = {dialect.dsml: MARK} | {token: chr(ord(MARK) + 1 + n) for n, token in enumerate(others)}
+    return marks, {mark: token for token, mark in marks.items()}

@@ -115,7 +115,7 @@ def resolve_effort(dialect: Dialect, effort: str | None, *, hosted: bool = False
     known = effort_names(dialect)
     if effort is None:
         # the API means `high` where the shipped encoder means its own default; an own dialect states what it means
-        return "high" if hosted and dialect.family != "own" else dialect.default_effort
+        return "high" if hosted and dialect.family != "own" and "high" in known else dialect.default_effort
     name = _HOSTED_EFFORTS.get(effort, effort) if hosted and effort not in known else effort
     if name not in known:
         names = ", ".join(f"`{n}`" for n in known) or "none"

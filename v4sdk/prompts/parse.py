@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from v4sdk.errors import PromptError
-from v4sdk.prompts.completion import Completion, Event, Phase, completion_start, prompt_thinks
+from v4sdk.prompts.completion import Collector, Completion, Event, Phase, completion_start, prompt_thinks
 from v4sdk.prompts.dialect import Dialect
-from v4sdk.prompts.dsml import MARK, CallRefused, Markup, ToolCall, Verdict, skip_space
+from v4sdk.prompts.dsml import (
+    MARK,
+    CallRefused,
+    Markup,
+    Verdict,
+    control_marks,
+    skip_space,
+)
 from v4sdk.prompts.options import choose_tools
 from v4sdk.prompts.span import Span
-from v4sdk.prompts.stops import StopFilter
 from v4sdk.prompts.tools import check_tools
 from v4sdk.tokenizer import Tokenizer
 
@@ -49,22 +55,17 @@ class CompletionParser:
     ) -> None:
         self._dialect, self._tokenizer = dialect, tokenizer
         self._tools = {function["name"]: function for function in check_tools(tools)}
-        self._marks, self._spellings = _marks(dialect)
+        self._marks, self._spellings = control_marks(dialect)
         self._markup = Markup(dialect)
         self._decoder = tokenizer.stream_decoder()
-        self._stops = StopFilter(stop)
+        self._out = Collector(stop, continues=continues)
         self.phase: Phase = start or ("reasoning" if thinking else "content")
         if self.phase == "calls" and not self._tools:
             raise PromptError("a completion that starts inside a call block needs `tools`")
         self._thinks = thinking or self.phase == "reasoning"
         self._buffer = ""
-        self._at_start = not continues
-        self._content: list[str] = []
-        self._reasoning: list[str] = []
         self._trailing: list[str] = []
-        self._calls: list[ToolCall] = []
-        self._events: list[Event] = []
-        self._block_failed = False
+        self._block_failed = self._invoke_open = False
         self._finish_reason: str | None = None
         self.error: str | None = None
 
@@ -101,44 +102,44 @@ class CompletionParser:
     @property
     def stop_string(self) -> str | None:
         """The stop string that ended the content."""
-        return self._stops.found
+        return self._out.stop_string
 
     def feed(self, ids: Sequence[int]) -> list[Event]:
         """Take the next ids and return what they complete."""
+        added = ""
         for index in ids:
             spelling = self._tokenizer.control_spelling(index)
             if spelling is None:
-                self._buffer += self._decoder.feed([index])
+                added += self._decoder.feed([index])
             else:
-                self._buffer += self._decoder.finish() + self._marks.get(spelling, spelling)
-        self._run(final=False)
-        return self._take()
+                added += self._decoder.finish() + self._marks.get(spelling, spelling)
+        self._buffer += added
+        # a long argument is not searched again for every token: only these two can end an open invoke
+        if not self._invoke_open or ">" in added or self._marks[self._dialect.eos] in added:
+            self._run(final=False)
+        return self._out.take()
 
     def finish(self, reason: str = "stop") -> list[Event]:
         """End the completion for `reason` ("stop", "length", ...) and return what was held back."""
         self._buffer += self._decoder.finish()
         self._run(final=True)
-        if self.phase == "calls" and not self._calls and not self._block_failed:
+        if self.phase == "calls" and not self._out.calls and not self._block_failed:
             self.error = self.error or _NO_CALL
-        self._put("content", self._stops.flush())
-        self._finish_reason = "tool_calls" if self._calls and reason == "stop" else reason
+        self._out.flush()
+        self._finish_reason = "tool_calls" if self._out.calls and reason == "stop" else reason
         self.phase = "done"
-        return self._take()
+        return self._out.take()
 
     def result(self) -> Completion:
         """Return everything given out so far."""
         return Completion(
-            "".join(self._content),
-            "".join(self._reasoning) if self._thinks else None,
-            tuple(self._calls),
+            self._out.text("content"),
+            self._out.text("reasoning") if self._thinks else None,
+            tuple(self._out.calls),
             self._finish_reason or "stop",
             self.error,
             "".join(self._trailing),
         )
-
-    def _take(self) -> list[Event]:
-        events, self._events = self._events, []
-        return events
 
     def _run(self, *, final: bool) -> None:
         moved = True
@@ -166,10 +167,10 @@ class CompletionParser:
             self._end()
         elif token == self._dialect.end_think and self.phase == "reasoning":
             self._say(before.rstrip("\n"))
-            self.phase, self._at_start = "content", True
-        elif token == self._dialect.think and not before.strip("\n") and self._nothing_said():
+            self.phase, self._out.at_start = "content", True
+        elif token == self._dialect.think and not before.strip("\n") and self._out.nothing_said:
             # opened again at the very start, or opened in chat mode: what follows is reasoning
-            self.phase, self._thinks, self._at_start = "reasoning", True, True
+            self.phase, self._thinks = "reasoning", True
         else:
             self._say(before + token)
         self._buffer = after
@@ -196,14 +197,16 @@ class CompletionParser:
             return False
         if verdict is Verdict.YES:
             self._say(before.rstrip("\n"))
-            self._put("content", self._stops.flush())
             self._buffer = self._buffer[at - 1 :]
-            self.phase, self._block_failed = "calls", False
+            if not self.stopped:
+                self._out.flush()
+                self.phase, self._block_failed = "calls", False
             return True
-        if opens and self._markup.names_block(self._buffer, at - 1):
-            self.error = self.error or "a call block holds no call"
+        empty_block = opens and self._markup.names_block(self._buffer, at - 1)
         self._say(self._buffer[:at] + self._dialect.dsml)
         self._buffer = self._buffer[at + 1 :]
+        if empty_block and not self.stopped:
+            self.error = self.error or "a call block holds no call"
         return True
 
     def _in_calls(self, final: bool) -> bool:
@@ -214,7 +217,7 @@ class CompletionParser:
         over = final or eos >= 0
         begin = skip_space(cut, 0)
         verdict = self._markup.invoke_at(cut, begin)
-        at_start = not self._calls and not self._block_failed
+        at_start = not self._out.calls and not self._block_failed
         if verdict is not Verdict.YES and at_start and cut.startswith(f"<{MARK}", begin):
             verdict, begin = self._markup.block_at(cut, begin)
         if verdict is Verdict.YES:
@@ -225,7 +228,7 @@ class CompletionParser:
             return False
         if ended is Verdict.YES:
             self._close_block(end)
-        elif self._calls or self._block_failed:
+        elif self._out.calls or self._block_failed:
             self._close_block(0)
         else:
             # only where the prompt opened the block: the model did not go on with a call
@@ -235,6 +238,7 @@ class CompletionParser:
 
     def _one_invoke(self, cut: str, begin: int, over: bool) -> bool:
         end = self._markup.invoke_end(cut, begin)
+        self._invoke_open = end is None and not over
         if end is None:
             if over:
                 self._fail("a tool call was cut off before its closing tag", len(cut))
@@ -244,9 +248,7 @@ class CompletionParser:
         except CallRefused as refused:
             self._fail(str(refused), end)
             return True
-        call = ToolCall(f"call_{len(self._calls)}", name, self._spelled(arguments))
-        self._calls.append(call)
-        self._events.append(Event("tool_call", call.arguments, call))
+        self._out.call(name, self._spelled(arguments))
         self._block_failed = False
         self._buffer = self._buffer[end:]
         return True
@@ -255,57 +257,30 @@ class CompletionParser:
         """Give the text of a refused call out as content, so that nothing is lost and nothing is called."""
         self.error = self.error or message
         self._block_failed = True
-        self._say_content(self._buffer[:end])
+        self._say(self._buffer[:end])
         self._buffer = self._buffer[end:]
 
     def _close_block(self, end: int) -> None:
         closing, self._buffer = self._buffer[:end], self._buffer[end:]
         if self._block_failed:
-            self._say_content(closing)
-        if self._calls:
+            self._say(closing)
+        if self._out.calls:
             self._end()
-        else:
+        elif not self.stopped:
             self.phase, self._block_failed = "content", False
 
     def _say(self, text: str) -> None:
-        """Give out text of the current phase, spelled, without the line breaks at its start."""
-        if self._at_start:
-            text = text.lstrip("\n")
-            if not text:
-                return
-            self._at_start = False
-        if self.phase == "reasoning":
-            self._put("reasoning", self._spelled(text))
-        else:
-            self._say_content(text)
-
-    def _say_content(self, text: str) -> None:
-        self._at_start = False
-        self._put("content", self._stops.feed(self._spelled(text)))
-        if self._stops.found is not None:
-            self._end()
-
-    def _put(self, kind: Literal["content", "reasoning"], text: str) -> None:
-        if text:
-            (self._content if kind == "content" else self._reasoning).append(text)
-            self._events.append(Event(kind, text))
+        """Give out text of the current phase; what call markup leaves behind is content."""
+        self._out.say("reasoning" if self.phase == "reasoning" else "content", self._spelled(text))
+        if self._out.stop_string is not None:
+            self.phase = "done"
 
     def _end(self) -> None:
-        self._put("content", self._stops.flush())
+        self._out.flush()
         self.phase = "done"
-
-    def _nothing_said(self) -> bool:
-        return self._at_start and not self._content and not self._reasoning
 
     def _spelled(self, text: str) -> str:
         for mark, spelling in self._spellings.items():
             if mark in text:
                 text = text.replace(mark, spelling)
         return text
-
-
-def _marks(dialect: Dialect) -> tuple[dict[str, str], dict[str, str]]:
-    """Return one private character per control token of the dialect, and the way back."""
-    others = [token for token in dialect.control_tokens if token != dialect.dsml]
-    marks = {dialect.dsml: MARK} | {token: chr(ord(MARK) + 1 + n) for n, token in enumerate(others)}
-    return marks, {mark: token for token, mark in marks.items()}

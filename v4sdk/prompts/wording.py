@@ -132,12 +132,16 @@ def from_recipe(dialect: str) -> Wording | None:
 
     The package renders the later effort texts; its `high` is the text that the preview uses for `max`.
     """
-    try:
-        recipe = importlib.import_module("deepseek_recipe")
-    except ImportError:
-        return None
     if dialect not in ("v4-april", "v4-0731", "v4.1"):
         return None
+    try:
+        return _probe(importlib.import_module("deepseek_recipe"), dialect)
+    except (ImportError, AttributeError, TypeError, ValueError):
+        # another version of the package is as good as none
+        return None
+
+
+def _probe(recipe: Any, dialect: str) -> Wording:
     later = dialect == "v4.1"
     encoding = recipe.DeepseekV41Encoding() if later else recipe.DeepseekV4Encoding()
     user = recipe.UserMessage("u")
@@ -150,19 +154,16 @@ def from_recipe(dialect: str) -> Wording | None:
 
     tool = recipe.ToolDefinition("probe", "", {"type": "object"})
     schema = {"type": "object", "title": "probe"}
-    tools = render(tools=[tool], thinking_mode=False).partition(
-        _line(name="probe", parameters={"type": "object"})
-    )
+    tools = render(tools=[tool], thinking_mode=False).partition(_line("probe", {"type": "object"}))
     formats = render(response_schema=schema, thinking_mode=False).partition(json.dumps(schema))
     efforts = {name: render(reasoning_effort=name) for name in ("low", "high", "max")}
     if dialect == "v4-april":
         efforts = {"high": "", "max": efforts["high"]}
-    default = {"v4-april": None, "v4-0731": "low", "v4.1": "high"}[dialect]
     return Wording(
         dialect,
         "deepseek-recipe",
         efforts=efforts,
-        default_effort=default,
+        default_effort={"v4-april": None, "v4-0731": "low", "v4.1": "high"}[dialect],
         tools=_cut(tools),
         json_schema=_cut(formats),
         json_object=render(response_format="json_object", thinking_mode=False).removeprefix("\n\n"),
