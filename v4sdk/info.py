@@ -13,6 +13,7 @@ from v4sdk.config import ARCHITECTURE, ModelConfig
 from v4sdk.errors import V4Error
 from v4sdk.headers import FolderHeaders, TensorHeader, read_folder_headers
 from v4sdk.kv_cache import kv_bytes, layer_row_bytes
+from v4sdk.memory import gigabytes
 from v4sdk.numerics import KV_FORMATS, KVFormat
 from v4sdk.prompts import Dialect
 from v4sdk.tensors import TensorSpec, dense_encoding, expected_tensors, expert_encoding
@@ -251,11 +252,6 @@ def count(n: int) -> str:
     if n >= 1e12:
         return f"{n / 1e9:,.1f}B"
     return f"{n / 1e9:.2f}B" if n >= 1e9 else f"{n / 1e6:.2f}M"
-
-
-def gigabytes(n: int) -> str:
-    """Write bytes in decimal units."""
-    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
 
 
 def _context(n: int) -> str:
