@@ -380,7 +380,8 @@ def test_mention_of_a_tag_does_not_end_reasoning(official: Tokenizer) -> None:
 
 
 def test_line_breaks_count_where_the_prompt_already_began(official: Tokenizer) -> None:
-    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "Yes", "prefix": True}]
+    talk: list[dict[str, Any]] = [{"role": "user", "content": "q"}]
+    talk.append({"role": "assistant", "content": "Yes", "prefix": True})
     own = custom_dialect({"name": "own"})
     parser = CompletionParser.for_prompt(encode_chat(talk, own), own, official)
     parser.feed(official.encode("\n\nmore"))
