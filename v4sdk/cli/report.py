@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from v4sdk import plugins
+from v4sdk.cli.stream import ProgressLine
 from v4sdk.cli.tables import show_table
 from v4sdk.errors import V4Error
 
@@ -78,7 +79,25 @@ def _config(model: str | None) -> ModelConfig:
 
 
 def _bundled() -> Path:
-    return Path(__file__).resolve().parent.parent / "nano"
+    from v4sdk.loading import bundled_folder
+
+    return bundled_folder()
+
+
+@click.command()
+@click.argument("checkpoint", required=False)
+@click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub id.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
+def info(checkpoint: str | None, revision: str | None, as_json: bool) -> None:
+    """Describe CHECKPOINT, a folder, a hub id or a bare config.json, without reading its weights."""
+    from v4sdk.hub import resolve
+    from v4sdk.info import describe
+
+    progress = ProgressLine()
+    path = _bundled() if checkpoint is None else resolve(checkpoint, revision, progress, weights=False)
+    progress.clear()
+    found = describe(path)
+    click.echo(json.dumps(found.to_json(), indent=1) if as_json else "\n".join(found.render()))
 
 
 @click.command()

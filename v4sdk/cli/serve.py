@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -13,7 +13,16 @@ import click
 
 from v4sdk.cli.inputs import Request, conversation
 from v4sdk.cli.settings import Settings
-from v4sdk.cli.stream import EventPrinter, ProgressLine, TextPrinter, result_json, show_all, speed_line
+from v4sdk.cli.stream import (
+    EventPrinter,
+    ProgressLine,
+    TextPrinter,
+    batch_line,
+    result_json,
+    show_all,
+    show_json,
+    speed_line,
+)
 from v4sdk.errors import Cancelled, V4Error
 
 if TYPE_CHECKING:
@@ -106,7 +115,7 @@ def show(
     except Cancelled:
         cancelled = True
     if usage is not None:
-        click.echo(speed_line([usage], _setting_words(session)), err=True)
+        click.echo(speed_line(usage, _setting_words(session)), err=True)
     if held is not None and settings.save is not None:
         held.save(settings.save)
     return EXIT_CANCELLED if cancelled else 0
@@ -115,7 +124,7 @@ def show(
 def answer_requests(session: Session, requests: Sequence[Request], settings: Settings) -> int:
     """Answer a file of requests in packed batches; a request that fails becomes a line with its error."""
     usages: list[Usage] = []
-    failed = False
+    failed, start = False, time.monotonic()
     with _cancel_on_interrupt(session) as interrupted:
         for batch in _batches(requests):
             for request, outcome in _outcomes(session, batch, settings):
@@ -128,10 +137,10 @@ def answer_requests(session: Session, requests: Sequence[Request], settings: Set
                 else:
                     usages.append(outcome.usage)
                     fields |= result_json(outcome)
-                click.echo(json.dumps(fields, ensure_ascii=False))
+                show_json(fields)
             if interrupted():
                 return EXIT_CANCELLED
-    click.echo(speed_line(usages, _setting_words(session)), err=True)
+    click.echo(batch_line(usages, time.monotonic() - start, _setting_words(session)), err=True)
     return int(failed)
 
 

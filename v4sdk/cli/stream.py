@@ -77,7 +77,7 @@ class EventPrinter:
 
     def event(self, name: str, **fields: Any) -> None:
         """Print one event."""
-        click.echo(json.dumps({"event": name} | fields, ensure_ascii=False))
+        show_json({"event": name} | fields)
 
 
 class ProgressLine:
@@ -115,6 +115,12 @@ class ProgressLine:
         self._open = False
 
 
+def show_json(fields: dict[str, Any]) -> None:
+    """Print one JSON line, escaped where stdout could not carry every character."""
+    utf8 = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "") == "utf8"
+    click.echo(json.dumps(fields, ensure_ascii=not utf8))
+
+
 def call_json(call: ToolCall) -> dict[str, Any]:
     """A tool call in the shape the chat messages take back."""
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
@@ -145,19 +151,27 @@ def result_json(result: Result) -> dict[str, Any]:
     return found | ({"parse_error": result.error} if result.error else {})
 
 
-def speed_line(usages: Sequence[Usage], setting: str) -> str:
-    """How many tokens, how fast, and in which setting."""
-    prompt = sum(u.prompt_tokens - u.cached_tokens for u in usages)
-    cached = sum(u.cached_tokens for u in usages)
-    completion = sum(u.completion_tokens for u in usages)
-    prefill_s, decode_s = (sum(getattr(u, name) for u in usages) for name in ("prefill_s", "decode_s"))
+def speed_line(usage: Usage, setting: str) -> str:
+    """How many tokens one answer took, how fast, and in which setting."""
+    read = usage.prompt_tokens - usage.cached_tokens
     # the first token of an answer comes out of the prefill
-    decoded = sum(max(0, u.completion_tokens - 1) for u in usages)
-    parts = [f"{prompt:,} prompt tokens in {prefill_s:.2f} s{_rate(prompt, prefill_s)}"]
-    if cached:
-        parts.append(f"{cached:,} cached")
-    parts.append(f"{completion:,} tokens in {decode_s:.2f} s{_rate(decoded, decode_s)}")
+    decoded = max(0, usage.completion_tokens - 1)
+    parts = [f"{read:,} prompt tokens in {usage.prefill_s:.2f} s{_rate(read, usage.prefill_s)}"]
+    if usage.cached_tokens:
+        parts.append(f"{usage.cached_tokens:,} cached")
+    parts.append(
+        f"{usage.completion_tokens:,} tokens in {usage.decode_s:.2f} s{_rate(decoded, usage.decode_s)}"
+    )
     return "; ".join([*parts, setting])
+
+
+def batch_line(usages: Sequence[Usage], elapsed_s: float, setting: str) -> str:
+    """The same for many answers, which share their time."""
+    read, written = (sum(getattr(u, name) for u in usages) for name in ("prompt_tokens", "completion_tokens"))
+    return (
+        f"{len(usages):,} answers in {elapsed_s:.1f} s: {read:,} prompt tokens, "
+        f"{written:,} tokens{_rate(written, elapsed_s)}; {setting}"
+    )
 
 
 def _rate(tokens: int, seconds: float) -> str:
