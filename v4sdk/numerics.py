@@ -24,6 +24,8 @@ class Numerics:
         bf16_between: values handed from one part of a fused op to the next are BF16.
         q8_kv: window rows and compressed entries are rounded to FP8 in groups of 64.
         q4_index: index queries and keys are Hadamard-rotated and rounded to FP4 in groups of 32.
+        float64: what is float32 arithmetic elsewhere runs in float64. No user mode: a witness for tests of the references,
+            where float32 noise would decide a rounding.
 
     Source: the rounding ledger of the official forward pass; contract "Numerics and KV format are two options".
     """
@@ -36,6 +38,7 @@ class Numerics:
     bf16_between: bool
     q8_kv: bool
     q4_index: bool
+    float64: bool = False
 
     @property
     def default_kv_format(self) -> KVFormat:

@@ -173,12 +173,12 @@ def q4_round(x: Tensor, block: int = 32) -> Tensor:
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """Multiply the last dimension by the Sylvester matrix, scaled by n**-0.5, in float32.
+    """Multiply the last dimension by the Sylvester matrix, scaled by n**-0.5, in float32 (float64 for float64 input).
 
     The natural order matters: FP4 rounding groups 32 consecutive outputs.
 
     Shapes:
-        x [..., n], n a power of two -> [..., n] float32
+        x [..., n], n a power of two -> [..., n] float32 or float64
     """
     n = x.shape[-1]
     if n & (n - 1):
@@ -187,7 +187,8 @@ def hadamard(x: Tensor) -> Tensor:
     while matrix.shape[0] < n:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)), 0)
     rotation: Tensor = matrix * n**-0.5
-    return x.float() @ rotation
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide @ rotation.to(wide.dtype)
 
 
 def kv_pack(row: Tensor, rope_dim: int) -> Tensor:

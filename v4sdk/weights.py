@@ -74,12 +74,13 @@ class Weight:
         scale = None if self.scale is None else self.scale.to(device)
         return replace(self, data=self.data.to(device), scale=scale)
 
-    def row_blocks(self) -> Iterator[tuple[int, int]]:
-        """Yield (first, last) row ranges whose float32 copies stay under `DEQUANT_LIMIT_BYTES`."""
+    def row_blocks(self, first: int = 0, last: int | None = None) -> Iterator[tuple[int, int]]:
+        """Yield (first, last) ranges within rows first..last whose float32 copies stay under `DEQUANT_LIMIT_BYTES`."""
         step = max(1, DEQUANT_LIMIT_BYTES // (4 * max(1, self.in_features)))
         step = max(self.block[0], step // self.block[0] * self.block[0])
-        for first in range(0, self.out_features, step):
-            yield first, min(first + step, self.out_features)
+        end = self.out_features if last is None else last
+        for at in range(first, end, step):
+            yield at, min(at + step, end)
 
 
 @dataclass(frozen=True)

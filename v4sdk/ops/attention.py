@@ -11,10 +11,10 @@ from torch import Tensor
 from v4sdk.numerics import Numerics
 from v4sdk.ops import cost, inputs
 from v4sdk.ops.batch import Batch
-from v4sdk.ops.linear import linear
+from v4sdk.ops.linear import linear, matmul
 from v4sdk.ops.norm import rms_norm
 from v4sdk.ops.op import ROUNDING, OpTable, fused_op, op
-from v4sdk.ops.precision import activation_dtype, between_dtype
+from v4sdk.ops.precision import activation_dtype, between_dtype, wide
 from v4sdk.ops.rope import rope
 from v4sdk.ops.rows import entry_rows, load_kv, ring_write, store_kv
 from v4sdk.quant import q8_round, split_last
@@ -50,7 +50,7 @@ def q_project(
         q = q.to(torch.bfloat16)
         q = q * torch.rsqrt(q.square().mean(-1, keepdim=True) + eps)
     else:
-        q = q.float() * torch.rsqrt(q.float().square().mean(-1, keepdim=True) + eps)
+        q = wide(q) * torch.rsqrt(wide(q).square().mean(-1, keepdim=True) + eps)
     return rope(q.to(between), rope_table).to(act), qr
 
 
@@ -134,8 +134,8 @@ def _attend(
     if bf16_p:
         p = p.to(torch.bfloat16).float()
     out, at = torch.zeros((), device=q.device), 0
-    for rows, _ in values:
-        n = rows.shape[-2]
+    for stored, _ in values:
+        n, rows = stored.shape[-2], stored.to(q.dtype)
         part = p[..., at : at + n]
         out = out + (part.flatten(0, 1) @ rows).view_as(q) if rows.dim() == 2 else out + part @ rows
         at += n
@@ -144,7 +144,8 @@ def _attend(
 
 def _logits(q: Tensor, values: list[tuple[Tensor, Tensor]]) -> Tensor:
     parts = []
-    for rows, seen in values:
+    for stored, seen in values:
+        rows = stored.to(q.dtype)
         s = (q.flatten(0, 1) @ rows.T).view(*q.shape[:2], -1) if rows.dim() == 2 else q @ rows.transpose(1, 2)
         parts.append(torch.where(seen[:, None], s * q.shape[-1] ** -0.5, -torch.inf))
     return torch.cat(parts, -1)
@@ -176,7 +177,7 @@ def _decode_attention(
             every = torch.arange(n, device=q.device, dtype=torch.int32)
             picks = torch.where(every < (pos + 1) // ratio, every, -1)
         values.append(_picked_rows(entries, batch.block_table, picks, head_dim, rope_dim))
-    qf = q.float()
+    qf = wide(q)
     return _attend(qf, _logits(qf, values), values, sink, numerics.bf16_between).to(q.dtype)
 
 
@@ -192,7 +193,7 @@ def _prefill_attention(
         start = positions[lo]
         kept = min(start, length - 1)
         ring = torch.arange(start - kept, start, device=q.device) % length
-        rows = torch.cat((kv[b * length + ring], kv[num_rings + lo : num_rings + hi])).float()
+        rows = wide(torch.cat((kv[b * length + ring], kv[num_rings + lo : num_rings + hi])))
         first = start - kept
         dense = None
         num_entries = (start + hi - lo) // ratio if ratio else 0
@@ -214,7 +215,7 @@ def _prefill_attention(
             if entries is not None and picks is not None:
                 table = batch.block_table[b].expand(j - i, -1)
                 values.append(_picked_rows(entries, table, picks[i:j], head_dim, rope_dim))
-            qf = q[i:j].float()
+            qf = wide(q[i:j])
             outs.append(_attend(qf, _logits(qf, values), values, sink, numerics.bf16_between).to(q.dtype))
     return torch.cat(outs)
 
@@ -247,5 +248,5 @@ def grouped_out(
     act, between = activation_dtype(numerics), between_dtype(numerics)
     back = split_last(rope(o, rope_table, inverse=True).flatten(1), wo_a.in_features)  # [T, g, H/g * D]
     rank = wo_a.out_features // groups
-    z = [back[:, g].float() @ wo_a.dequantize(g * rank, (g + 1) * rank).T for g in range(groups)]
+    z = [matmul(wide(back[:, g]), wo_a, g * rank, (g + 1) * rank) for g in range(groups)]
     return ops[linear](torch.cat(z, -1).to(between), wo_b, numerics, act)

@@ -13,7 +13,7 @@ from v4sdk.ops.batch import Batch
 from v4sdk.ops.linear import linear, matmul
 from v4sdk.ops.norm import rms_norm
 from v4sdk.ops.op import ROUNDING, OpTable, fused_op, op
-from v4sdk.ops.precision import activation_dtype, between_dtype
+from v4sdk.ops.precision import activation_dtype, between_dtype, wide
 from v4sdk.ops.rope import rope, rope_table
 from v4sdk.ops.rows import entry_rows, load_index, ring_write, store_index, store_kv
 from v4sdk.quant import hadamard, q4_round, q8_round, split_last
@@ -55,7 +55,7 @@ def compress(
         DeepSeek-V4 report, compressed attention; official model.py, Compressor
     """
     act = activation_dtype(numerics)
-    xf = x.float()
+    xf = wide(x)
     pair = torch.stack(
         (matmul(xf, wkv), matmul(xf, wgate) + ape[batch.positions.long() % ratio]), 1
     )  # [T, 2, w]
@@ -139,12 +139,12 @@ def index_scores(q: Tensor, w: Tensor, keys: Tensor, numerics: Numerics) -> Tens
     Shapes:
         q [T, heads, e], w [T, heads], keys [n, e] or [T, n, e] float32 -> [T, n] float32
     """
-    qf = q.float()
+    qf, keys = wide(q), keys.to(torch.promote_types(q.dtype, torch.float32))
     dot = (qf.flatten(0, 1) @ keys.T).view(*q.shape[:2], -1) if keys.dim() == 2 else qf @ keys.transpose(1, 2)
     if numerics.bf16_index_scores:
         weighted = dot.to(torch.bfloat16).relu() * w.to(torch.bfloat16)[..., None]
         return weighted.float().sum(1).to(torch.bfloat16).float()
-    return (w.float()[:, None] @ dot.relu())[:, 0]
+    return (wide(w)[:, None] @ dot.relu())[:, 0]
 
 
 @op(
@@ -214,7 +214,7 @@ def _pick(
 
 def _rank(scores: Tensor, entry: Tensor) -> Tensor:
     """Order by score, then by lowest entry, in one int64: ties cannot depend on the device's top-k."""
-    bits = (scores + 0.0).view(torch.int32).long()
+    bits = (scores.float() + 0.0).view(torch.int32).long()
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     return (ordered << 32) | (0xFFFFFFFF - entry)
 

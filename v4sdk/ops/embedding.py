@@ -8,7 +8,7 @@ from v4sdk.numerics import Numerics
 from v4sdk.ops import cost, inputs
 from v4sdk.ops.linear import matmul
 from v4sdk.ops.op import ROUNDING, op
-from v4sdk.ops.precision import activation_dtype
+from v4sdk.ops.precision import activation_dtype, wide
 from v4sdk.weights import Weight
 
 
@@ -32,4 +32,4 @@ def logits(h: Tensor, head: Weight) -> Tensor:
     Source:
         official model.py, ParallelHead
     """
-    return matmul(h.float(), head)
+    return matmul(wide(h), head)

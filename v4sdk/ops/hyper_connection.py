@@ -8,13 +8,14 @@ from torch import Tensor
 from v4sdk.ops import cost, inputs
 from v4sdk.ops.norm import rms_norm
 from v4sdk.ops.op import ROUNDING, OpTable, fused_op, op
+from v4sdk.ops.precision import wide
 from v4sdk.quant import split_last
 
 
 def _mix(x: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
-    flat = x.flatten(1).float()
+    flat = wide(x.flatten(1))
     # the norm is applied after the product, as the reference does
-    return (flat @ fn.float().T) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
+    return (flat @ fn.to(flat.dtype).T) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
 
 
 def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
@@ -53,7 +54,7 @@ def hc_pre(
     pre = torch.sigmoid(mix[:, :m] * scale[0] + base[:m]) + hc_eps
     post = 2 * torch.sigmoid(mix[:, m : 2 * m] * scale[1] + base[m : 2 * m])
     comb = split_last(mix[:, 2 * m :] * scale[2] + base[2 * m :], m)
-    u = torch.einsum("tm,tmn->tn", pre, x.float()).to(x.dtype)
+    u = torch.einsum("tm,tmn->tn", pre, wide(x)).to(x.dtype)
     return u, post, sinkhorn(comb, iterations, hc_eps)
 
 
@@ -71,8 +72,8 @@ def hc_post(y: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     Source:
         DeepSeek-V4 report, hyper-connections; official model.py, Block.hc_post
     """
-    mixed = comb.transpose(1, 2) @ x.float()
-    return (post[..., None] * y.float()[:, None] + mixed).to(x.dtype)
+    mixed = comb.transpose(1, 2) @ wide(x)
+    return (post[..., None] * wide(y)[:, None] + mixed).to(x.dtype)
 
 
 @fused_op(
@@ -106,4 +107,4 @@ def hc_head(x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_eps: float,
         official model.py, hc_head
     """
     pre = torch.sigmoid(_mix(x, fn, norm_eps) * scale + base) + hc_eps
-    return torch.einsum("tm,tmn->tn", pre, x.float()).to(x.dtype)
+    return torch.einsum("tm,tmn->tn", pre, wide(x)).to(x.dtype)

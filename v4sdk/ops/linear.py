@@ -8,6 +8,7 @@ from torch import Tensor
 from v4sdk.numerics import Numerics
 from v4sdk.ops import cost, inputs
 from v4sdk.ops.op import ROUNDING, op
+from v4sdk.ops.precision import wide
 from v4sdk.quant import q8_round
 from v4sdk.weights import Weight
 
@@ -16,20 +17,19 @@ _Q8_GEMM_BLOCK = 128
 
 def gemm_input(x: Tensor, weight: Weight, numerics: Numerics) -> Tensor:
     """The float32 operand a quantised GEMM sees: rounded to FP8 in groups of 128 where the numerics say so."""
-    x = x.float()
+    x = wide(x)
     return q8_round(x, _Q8_GEMM_BLOCK) if numerics.q8_gemm_input and weight.quantised else x
 
 
-def matmul(x: Tensor, weight: Weight) -> Tensor:
-    """x @ weight.T in float32, de-quantising at most 64 MB of weight at a time.
+def matmul(x: Tensor, weight: Weight, first: int = 0, last: int | None = None) -> Tensor:
+    """x @ weight[first:last].T in the precision of `x`, de-quantising at most 64 MB of weight at a time.
 
     Shapes:
-        x [T, in] float32, weight [out, in] -> [T, out] float32
+        x [T, in] float32 (or float64), weight [out, in] -> [T, out] like x
     """
-    blocks = list(weight.row_blocks())
-    if len(blocks) == 1:
-        return x @ weight.dequantize().T
-    return torch.cat([x @ weight.dequantize(first, last).T for first, last in blocks], -1)
+    blocks = list(weight.row_blocks(first, last))
+    parts = [x @ weight.dequantize(i, j).to(x.dtype).T for i, j in blocks]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 @op(inputs=inputs.cases(inputs.linear), tolerances=ROUNDING, cost=cost.linear)

@@ -10,13 +10,13 @@ from v4sdk.numerics import Numerics
 from v4sdk.ops import cost, inputs
 from v4sdk.ops.linear import gemm_input, linear
 from v4sdk.ops.op import ROUNDING, OpTable, fused_op, op
-from v4sdk.ops.precision import activation_dtype, between_dtype
+from v4sdk.ops.precision import activation_dtype, between_dtype, wide
 from v4sdk.weights import DEQUANT_LIMIT_BYTES, ExpertWeights, Weight, pick
 
 
 def _scores(u: Tensor, gate: Tensor) -> Tensor:
     # float32 end to end: routing flips dominate every other divergence
-    return torch.sqrt(F.softplus(u.float() @ gate.float().T))
+    return torch.sqrt(F.softplus(wide(u) @ gate.to(wide(u).dtype).T))
 
 
 def _weights(scores: Tensor, ids: Tensor, scale: float) -> Tensor:
@@ -61,7 +61,7 @@ def route_hash(
 
 
 def _gated(g: Tensor, v: Tensor, limit: float) -> Tensor:
-    g, v = g.float().clamp(max=limit), v.float().clamp(-limit, limit)
+    g, v = wide(g).clamp(max=limit), wide(v).clamp(-limit, limit)
     return F.silu(g) * v
 
 
@@ -100,7 +100,7 @@ def _expert_by_expert(
     u: Tensor, ids: Tensor, weights: Tensor, experts: ExpertWeights, limit: float, numerics: Numerics
 ) -> Tensor:
     # reads ids on the host, so only the experts that are asked for are ever touched on disk
-    y = torch.zeros(u.shape, dtype=torch.float32, device=u.device)
+    y = torch.zeros_like(wide(u))
     between = between_dtype(numerics)
     for e in torch.unique(ids).tolist():
         w1, w2, w3 = experts.expert(e)
@@ -108,8 +108,13 @@ def _expert_by_expert(
         rows = u[token]
         a = _gated(linear(rows, w1, numerics, between), linear(rows, w3, numerics, between), limit)
         a = (a * weights[token, choice][:, None]).to(between)
-        y = y.index_add(0, token, linear(a, w2, numerics, between).float())
+        y = y.index_add(0, token, wide(linear(a, w2, numerics, between)))
     return y
+
+
+def _each(rows: Tensor, chosen: Weight) -> Tensor:
+    """Rows [T, K or 1, 1, in] times the matrix of each choice [T, K, out, in]: [T, K, out]."""
+    return (rows @ chosen.dequantize().to(rows.dtype).transpose(-1, -2))[:, :, 0]
 
 
 def _chosen_on_device(
@@ -125,14 +130,10 @@ def _chosen_on_device(
     w = torch.gather(weights, 1, by_id)
     w1, w2, w3 = (pick(stack, ordered) for stack in packed)  # [T, K, ...]
     rows = gemm_input(u, w1, numerics)[:, None, None]
-    g, v = ((rows @ m.dequantize().transpose(-1, -2))[:, :, 0].to(between) for m in (w1, w3))
+    g, v = (_each(rows, m).to(between) for m in (w1, w3))
     a = (_gated(g, v, limit) * w[..., None]).to(between)
-    out = (
-        (gemm_input(a, w2, numerics)[:, :, None] @ w2.dequantize().transpose(-1, -2))[:, :, 0]
-        .to(between)
-        .float()
-    )
-    y = torch.zeros(u.shape, dtype=torch.float32, device=u.device)
+    out = wide(_each(gemm_input(a, w2, numerics)[:, :, None], w2).to(between))
+    y = torch.zeros_like(wide(u))
     for k in range(ids.shape[1]):
         y = y + out[:, k]
     return y
@@ -162,5 +163,5 @@ def shared_expert(
     a = _gated(ops[linear](u, w1, numerics, between), ops[linear](u, w3, numerics, between), limit).to(
         between
     )
-    y = routed + ops[linear](a, w2, numerics, between).float()
+    y = routed + wide(ops[linear](a, w2, numerics, between))
     return y.to(activation_dtype(numerics))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from v4sdk.ops import cost, inputs
 from v4sdk.ops.op import ROUNDING, op
+from v4sdk.ops.precision import wide
 
 
 @op(inputs=inputs.cases(inputs.rms_norm), tolerances=ROUNDING, cost=cost.rms_norm)
@@ -20,6 +21,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tenso
     Source:
         Zhang & Sennrich 2019, eq. 4; official model.py, RMSNorm
     """
-    y = x.float()
+    y = wide(x)
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
-    return (y * weight.float()).to(dtype)
+    return (y * wide(weight)).to(dtype)

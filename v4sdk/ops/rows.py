@@ -67,9 +67,9 @@ def ring_write(ring: Tensor, rows: Tensor, batch: Batch, length: int) -> None:
         ring [slots + 1, length, ...], rows [T, ...] in the ring's dtype
     """
     if batch.is_decode:
-        ring[batch.slots.long(), batch.positions.long() % length] = rows
+        ring[batch.slots.long(), batch.positions.long() % length] = rows.to(ring.dtype)
         return
     picked, valid = last_rows(batch, length)
     slot = batch.slots.long().repeat_interleave(length)
     slot = torch.where(valid, slot, ring.shape[0] - 1)
-    ring[slot, batch.positions.long()[picked] % length] = rows[picked]
+    ring[slot, batch.positions.long()[picked] % length] = rows[picked].to(ring.dtype)
