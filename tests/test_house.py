@@ -17,18 +17,17 @@ BACKENDS = ("cpu", "cuda", "ascend")
 
 # A room imports only rooms of the lines above its own; rooms of one line do not know each other.
 ROOMS = (
-    ("errors",),
-    ("numerics", "config"),
-    ("config_file", "presets", "quant", "sampling", "tokenizer"),
-    ("weights", "prompts"),
-    ("tensors", "weight_formats", "ops"),
-    ("kv_cache", "backend", "headers"),
-    ("hookspecs", "model", "convert", "checkpoint"),
-    ("plugins", "sequence", "hub", "info"),
-    ("decode",),
-    ("engine", "output", "scheduler"),
+    ("errors", "progress"),
+    ("config", "hub", "numerics", "quant", "sampling", "tokenizer"),
+    ("config_file", "presets", "prompts", "tensors", "weight_formats", "weights"),
+    ("headers", "ops"),
+    ("backend", "checkpoint", "convert", "kv_cache"),
+    ("hookspecs", "memory", "model", "sequence", "testing"),
+    ("decode", "info", "plugins", "state"),
+    ("engine", "loading", "output"),
+    ("scheduler",),
+    ("prompting", "stream"),
     ("session",),
-    ("testing",),
     ("cli",),
     ("__main__",),
 )

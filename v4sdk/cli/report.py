@@ -117,23 +117,27 @@ def doctor(backend: str | None) -> int:
 
 
 def _machine_rows() -> list[list[str]]:
-    import os
     import platform
     from importlib.util import find_spec
 
     import torch
 
     from v4sdk import __version__
+    from v4sdk.memory import free_memory, gigabytes
 
-    pages = {name: os.sysconf(name) for name in ("SC_PAGE_SIZE", "SC_PHYS_PAGES", "SC_AVPHYS_PAGES")}
-    total, free = (pages["SC_PAGE_SIZE"] * pages[name] / 1e9 for name in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
+    free = free_memory()
     grammar = find_spec("llguidance") is not None
+    bundled = (_bundled() / "config.json").exists()
     return [
         ["v4sdk", __version__, "ok"],
         ["python", f"{platform.python_version()} on {platform.system()} {platform.machine()}", "ok"],
         ["torch", torch.__version__, "ok"],
-        ["memory", f"{total:.1f} GB, {free:.1f} GB unused", "ok"],
-        ["bundled model", "present" if (_bundled() / "config.json").exists() else "absent", "ok"],
+        [
+            "memory",
+            f"{gigabytes(free.nbytes)} free {free.bound}" if free else "the system does not say",
+            "ok",
+        ],
+        ["bundled model", "present" if bundled else "absent", "ok" if bundled else "reinstall v4sdk"],
         [
             "grammars",
             "llguidance installed" if grammar else "llguidance not installed",
