@@ -49,6 +49,10 @@ class Engine:
         with torch.inference_mode():
             return SequenceState(self.cache.allocate())
 
+    def close(self) -> None:
+        """Let go of model and cache, whoever still holds this engine."""
+        del self.model, self.cache
+
     def free(self, state: SequenceState) -> None:
         """Give a sequence's rows back."""
         state.snapshots.clear()

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
-from v4sdk import plugins
+from v4sdk import hub, plugins
 from v4sdk.backend import Backend, Binding, EngineConfig, bind
 from v4sdk.checkpoint import Checkpoint
 from v4sdk.config import ModelConfig
 from v4sdk.errors import CheckpointError, ConfigError
 from v4sdk.kv_cache import KVCache
+from v4sdk.memory import FreeMemory, plan_memory
 from v4sdk.model import Binder, V4Model
 from v4sdk.numerics import KVFormat, Numerics
 from v4sdk.numerics import kv_format as kv_format_of
@@ -31,6 +32,20 @@ from v4sdk.weights import WeightSource
 
 log = logging.getLogger("v4sdk")
 DEFAULT_NUMERICS = "fast"
+_PLANNED_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What a caller may choose about a model; see `Session.load`."""
+
+    backend: str | Backend | None = None
+    numerics: str | Numerics | None = None
+    kv_format: str | None = None
+    revision: str | None = None
+    strict: bool = False
+    dialect: str | Dialect | None = None
+    context_limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -80,24 +95,6 @@ def bundled_folder() -> Path:
     return Path(str(files("v4sdk") / "nano"))
 
 
-def find_folder(model: str | Path | None, revision: str | None, on_progress: OnProgress) -> Path:
-    """From what a user names to a folder: None is the bundled model, an existing path itself, else a hub id.
-
-    Raises:
-        CheckpointError: if there is no such folder and the name cannot be a hub id.
-    """
-    if model is None:
-        return bundled_folder()
-    path = Path(model).expanduser()
-    named = str(model)
-    if path.exists() or isinstance(model, Path) or named.startswith((".", "/", "~")) or named.count("/") != 1:
-        return path
-    # imported only here: a local folder needs no hub client
-    from v4sdk import hub
-
-    return hub.fetch(named, revision, on_progress)
-
-
 def read_settings(folder: Path, config: ModelConfig) -> FolderSettings:
     """Read `generation_config.json` and `v4sdk.json`; both may be absent.
 
@@ -126,37 +123,81 @@ def _read_json(path: Path) -> Mapping[str, Any]:
     return raw
 
 
-def open_model(
-    model: str | Path | None, *, backend: str | Backend | None, numerics: str | Numerics | None, kv_format: str | None,
-    revision: str | None, strict: bool, dialect: str | Dialect | None, on_progress: OnProgress,
-) -> Loaded:  # fmt: skip
+def open_model(model: str | Path | None, options: LoadOptions, on_progress: OnProgress) -> Loaded:
     """Open and bind a model; every fault of the folder is found here, before the first token.
 
     Raises:
-        ConfigError, CheckpointError, PromptError, UnknownBackend, BackendUnavailable, KernelMismatch: see their texts.
+        ConfigError, CheckpointError, PromptError, MemoryRefused, UnknownBackend, BackendUnavailable, KernelMismatch: see
+            their texts.
     """
-    folder = find_folder(model, revision, on_progress)
-    chosen = numerics_of(numerics or DEFAULT_NUMERICS) if not isinstance(numerics, Numerics) else numerics
-    fmt = kv_format_of(kv_format, chosen)
-    device = backend if isinstance(backend, Backend) else plugins.select(backend)
+    numerics = options.numerics or DEFAULT_NUMERICS
+    chosen = numerics if isinstance(numerics, Numerics) else numerics_of(numerics)
+    fmt = kv_format_of(options.kv_format, chosen)
+    backend = options.backend if isinstance(options.backend, Backend) else plugins.select(options.backend)
+    folder = bundled_folder() if model is None else hub.resolve(model, options.revision, on_progress)
     with Checkpoint(folder) as checkpoint:
         config = checkpoint.config
         settings = read_settings(folder, config)
-        tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
-        if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-            raise CheckpointError(
-                f"`tokenizer.json` has ids up to {tokenizer.vocab_size - 1}, but `vocab_size` is {config.vocab_size}",
-                hint="is this the tokenizer this checkpoint belongs to?",
-            )
-        spoken = dialect if isinstance(dialect, Dialect) else Dialect.named(dialect) if dialect else None
-        spoken = spoken or Dialect.from_folder(folder)
-        binding = bind(device, config, EngineConfig(chosen, fmt, device.capability()), strict)
-        network = _bind_weights(checkpoint, device, chosen, binding, on_progress)
-        cache = KVCache(config, fmt, device.device)
+        tokenizer = _tokenizer(folder, config)
+        dialect = _dialect(folder, options.dialect)
+        binding = bind(backend, config, EngineConfig(chosen, fmt, backend.capability()), options.strict)
+        _plan(checkpoint, backend, fmt, options.context_limit, on_progress)
+        network = _bind_weights(checkpoint, backend, chosen, binding, on_progress)
+        cache = KVCache(config, fmt, backend.device)
         return Loaded(
-            folder, model is None, config, settings, tokenizer, spoken, device, chosen, fmt, binding, network, cache,
+            folder, model is None, config, settings, tokenizer, dialect, backend, chosen, fmt, binding, network, cache,
             checkpoint.fingerprint(),
         )  # fmt: skip
+
+
+def _tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
+    if not (folder / "tokenizer.json").exists():
+        return None
+    tokenizer = Tokenizer.from_folder(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"`tokenizer.json` has ids up to {tokenizer.vocab_size - 1}, but `vocab_size` is {config.vocab_size}",
+            hint="is this the tokenizer this checkpoint belongs to?",
+        )
+    return tokenizer
+
+
+def _dialect(folder: Path, asked: str | Dialect | None) -> Dialect | None:
+    """What the caller says; of the same name, the folder's own has the wording too."""
+    if isinstance(asked, Dialect):
+        return asked
+    found = Dialect.from_folder(folder)
+    if asked is None or (found is not None and found.name == asked):
+        return found
+    return Dialect.named(asked)
+
+
+def _plan(
+    checkpoint: Checkpoint,
+    backend: Backend,
+    fmt: KVFormat,
+    context_limit: int | None,
+    on_progress: OnProgress,
+) -> None:
+    """Say what will be used, and refuse what cannot fit. Main memory maps the weights, a device holds them."""
+    maps, of_device = backend.device.type == "cpu", backend.memory()
+    free = None if of_device is None else FreeMemory(of_device.free_bytes, f"on {backend.name}")
+    plan = plan_memory(
+        checkpoint.config,
+        mapped_bytes=checkpoint.nbytes if maps else 0,
+        resident_bytes=0 if maps else checkpoint.nbytes,
+        # the cache grows with use: without a limit only a start must fit
+        context_tokens=context_limit or min(checkpoint.config.max_position_embeddings, _PLANNED_TOKENS),
+        kv_format=fmt,
+        free=free,
+    )
+    log.info("memory: %s", plan.render())
+    on_progress(Progress("memory", text=plan.render()))
+    plan.check()
+    warning = plan.warning()
+    if warning:
+        log.warning(warning)
+        on_progress(Progress("notice", text=warning))
 
 
 def _bind_weights(

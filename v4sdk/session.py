@@ -102,10 +102,8 @@ class Session:
         Raises:
             V4Error: naming what is wrong with the model, an option or the backend.
         """
-        loaded = loading.open_model(
-            model, backend=backend, numerics=numerics, kv_format=kv_format, revision=revision, strict=strict,
-            dialect=dialect, on_progress=on_progress or silent,
-        )  # fmt: skip
+        options = loading.LoadOptions(backend, numerics, kv_format, revision, strict, dialect, context_limit)
+        loaded = loading.open_model(model, options, on_progress or silent)
         return cls(
             loaded, context_limit=context_limit, snapshot_interval=snapshot_interval, prefill_chunk=prefill_chunk,
             max_batch=max_batch, on_progress=on_progress,
@@ -350,6 +348,8 @@ class Session:
         with self._lock:
             for scheduler in list(self._active):
                 scheduler.close()
+            if self._engine is not None:
+                self._engine.close()
             self._loaded = self._engine = None
             self._dropped.clear()
             self._abandoned.clear()
