@@ -19,7 +19,7 @@ from v4sdk.numerics import FAST
 from v4sdk.presets import V4_FLASH, shrunk
 from v4sdk.weights import WeightSource
 
-SCRIPT = Path(__file__).parent.parent / "examples" / "make_checkpoint.py"
+EXAMPLES = Path(__file__).parent.parent / "examples"
 SMALL = shrunk(
     V4_FLASH, (0, 4, 128), vocab_size=40, hidden_size=128, num_attention_heads=4, head_dim=128, q_lora_rank=64, o_groups=2,
     o_lora_rank=32, index_n_heads=4, index_topk=4, n_routed_experts=6, num_experts_per_tok=2, moe_intermediate_size=96,
@@ -28,12 +28,12 @@ SMALL = shrunk(
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Run the script in this process: importing torch once more would take longer than the test."""
+    """Run an example in this process: importing torch once more would take longer than the test."""
 
-    def main(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+    def main(script: str, *arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
         with pytest.raises(SystemExit) as done:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
+            runpy.run_path(str(EXAMPLES / script), run_name="__main__")
         return int(done.value.code or 0)
 
     return main
@@ -43,7 +43,7 @@ def test_random_checkpoint_opens_runs_and_repeats(tmp_path: Path, run: Callable[
     sizes = tmp_path / "sizes.json"
     sizes.write_text(json.dumps(config_dict(SMALL)))
     for out in ("a", "b"):
-        assert run(str(tmp_path / out), "--config", str(sizes)) == 0
+        assert run("make_checkpoint.py", str(tmp_path / out), "--config", str(sizes)) == 0
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
     with Checkpoint(tmp_path / "a") as checkpoint, torch.no_grad():
@@ -62,5 +62,20 @@ def test_random_checkpoint_opens_runs_and_repeats(tmp_path: Path, run: Callable[
 def test_bad_sizes_are_one_line(
     tmp_path: Path, run: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(str(tmp_path), "--ratios", "4,x") == 1
+    assert run("make_checkpoint.py", str(tmp_path), "--ratios", "4,x") == 1
     assert capsys.readouterr().err == "error: `--ratios` is `4,x`, expected numbers and commas\n"
+
+
+def test_decode_cost_reports_each_token(
+    tmp_path: Path, run: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = tmp_path / "sizes.json"
+    sizes.write_text(json.dumps(config_dict(SMALL)))
+    assert run("make_checkpoint.py", str(tmp_path / "m"), "--config", str(sizes)) == 0
+    capsys.readouterr()
+    assert run("decode_cost.py", str(tmp_path / "m"), "--tokens", "2") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines if line.startswith("token")] == ["token 0", "token 1"]
+    assert "mapped" in lines[0]
+    assert run("decode_cost.py", str(tmp_path / "nowhere")) == 1
+    assert "does not exist" in capsys.readouterr().err
