@@ -267,6 +267,22 @@ def test_an_empty_prompt_is_refused(tiny: Run) -> None:
     assert_one_error(tiny("", "--raw"), "the prompt is empty")
 
 
+def test_an_empty_standard_input_is_refused(tiny: Run) -> None:
+    assert_one_error(tiny(), "standard input is empty", 'v4sdk run "..."')
+
+
+def test_without_a_model_one_line_says_which_one_answers(
+    v4sdk: Run, chat_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("v4sdk.loading.bundled_folder", lambda: chat_folder)
+    done = v4sdk("run", "abc", "-n", "2")
+    said = [line for line in done.err.splitlines() if "demonstration model" in line]
+    assert len(said) == 1
+    assert "add or subtract" in said[0]
+    assert "--model" in said[0]
+    assert "demonstration" not in v4sdk("run", "abc", "-n", "2", "--model", chat_folder).err
+
+
 def test_invalid_utf8_is_refused_with_its_offset_or_replaced(tiny: Run, tmp_path: Path) -> None:
     assert_one_error(
         tiny("--raw", stdin=b"abc\xff\xfe"),

@@ -75,8 +75,18 @@ def read_file(path: Path, replace_invalid: bool) -> str:
 
 
 def read_stdin(replace_invalid: bool) -> str:
-    """Read standard input to its end."""
-    return decode(sys.stdin.buffer.read(), "standard input", replace_invalid)
+    """Read standard input to its end.
+
+    Raises:
+        PromptError: if it holds nothing, or no valid UTF-8.
+    """
+    # a program started without standard input has none
+    data = sys.stdin.buffer.read() if sys.stdin is not None else b""
+    if not data:
+        raise PromptError(
+            "standard input is empty, expected a prompt", hint='v4sdk run "..." takes it as an argument'
+        )
+    return decode(data, "standard input", replace_invalid)
 
 
 def check_argument(text: str, replace_invalid: bool) -> str:
