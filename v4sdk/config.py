@@ -138,6 +138,11 @@ class ModelConfig:
     def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
         """Validate a parsed `config.json`."""
         _check_architecture(raw)
+        for name, only in _ONLY.items():
+            if raw.get(name, only) != only:
+                raise ConfigError(
+                    f"`{name}` is {raw[name]!r}, expected {only!r}, the only form V4 was released in"
+                )
         scaling = raw.get("rope_scaling") or {}
         quant = raw.get("quantization_config")
         values: dict[str, Any] = {
@@ -271,6 +276,19 @@ _POSITIVE = (
     "n_routed_experts num_experts_per_tok moe_intermediate_size routed_scaling_factor hc_mult hc_sinkhorn_iters "
     "max_position_embeddings swiglu_limit"
 ).split()
+
+
+# fields that choose between forms; V4 has one of each
+_ONLY: dict[str, object] = {
+    "num_key_value_heads": 1,
+    "n_shared_experts": 1,
+    "scoring_func": "sqrtsoftplus",
+    "topk_method": "noaux_tc",
+    "norm_topk_prob": True,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+}
 
 
 def _quantization(quant: Mapping[str, Any]) -> QuantizationConfig:

@@ -103,7 +103,8 @@ def _gather_blocks(
     at = torch.where(here, row.clamp_min(0) + saved.shape[0], seq[:, None] * length + pos % length)
     gathered = torch.cat((saved, pair))[at]
     exists = (pos >= 0)[..., None]
-    return torch.where(exists, gathered[:, :, 0], 0.0), torch.where(exists, gathered[:, :, 1], -torch.inf)
+    values, gate = gathered.unbind(2)
+    return torch.where(exists, values, 0.0), torch.where(exists, gate, -torch.inf)
 
 
 def _rotate_and_round(x: Tensor, numerics: Numerics) -> Tensor:

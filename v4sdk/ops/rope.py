@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from v4sdk.config import RopeSpec
+from v4sdk.ops.precision import wide
+from v4sdk.quant import split_last
 
 
 def inv_freq(spec: RopeSpec, rope_dim: int, device: torch.device | None = None) -> Tensor:
@@ -60,7 +62,8 @@ def rope(x: Tensor, table: Tensor, inverse: bool = False) -> Tensor:
         cos, sin = cos[:, None], sin[:, None]
     if inverse:
         sin = -sin
-    plain, tail = x[..., : -2 * half], x[..., -2 * half :].float()
-    even, odd = tail[..., 0::2], tail[..., 1::2]
+    # split and unbind, not slices: their gradients need no zero-filled copies
+    plain, tail = torch.split(x, [x.shape[-1] - 2 * half, 2 * half], -1)
+    even, odd = torch.unbind(split_last(wide(tail), 2), -1)
     rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
     return torch.cat((plain, rotated.to(x.dtype)), -1)
