@@ -331,7 +331,7 @@ def test_bad_request_is_refused(
 
 def test_bad_chat_options_are_refused(session: Session) -> None:
     with pytest.raises(PromptError, match="`tool_choise` is unknown") as caught:
-        session.chat([_user("x")], tool_choise="auto")
+        session.chat([_user("x")], tool_choise="auto")  # type: ignore[call-overload]
     assert caught.value.hint == "did you mean `tool_choice`?"
     with pytest.raises(PromptError):
         session.chat([], params=GREEDY)

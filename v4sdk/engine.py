@@ -119,6 +119,10 @@ class Engine:
         select = select or _last_only
         total, done = sum(s.pending for s in states), 0
         found: dict[int, list[Tensor]] = {id(s): [] for s in states}
+        with torch.inference_mode():
+            for state in states:
+                # at once: growing page by page would copy what is there again and again
+                self.cache.reserve(state.rows, len(state.ids))
         while waiting := [s for s in states if s.pending]:
             plan = self._plan(waiting)
             streams = self._chunk(plan, check)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Many
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -29,22 +29,22 @@ from v4sdk.tokenizer import Tokenizer
 _MAX_TOKENS, _MAX_TOKENS_THINKING = 8192, 65536
 
 
-@dataclass(frozen=True)
-class ChatOptions:
+class ChatOptions(TypedDict, total=False):
     """What a chat request may say beside its messages; see `v4sdk.prompts.encode_chat`.
 
-    Args:
+    Attributes:
         thinking: None: as the model's folder says.
+        tool_choice: `auto`, `none`, `required`, or a named function. drop_thinking: leave out old reasoning.
         normalise: `reference` renders as the shipped encoder, `hosted` orders the request as the API does.
     """
 
-    tools: Many[Mapping[str, Any]] | None = None
-    tool_choice: str | Mapping[str, Any] = "auto"
-    thinking: bool | None = None
-    effort: str | None = None
-    response_format: Mapping[str, Any] | None = None
-    drop_thinking: bool = True
-    normalise: Normalise = "reference"
+    tools: Many[Mapping[str, Any]] | None
+    tool_choice: str | Mapping[str, Any]
+    thinking: bool | None
+    effort: str | None
+    response_format: Mapping[str, Any] | None
+    drop_thinking: bool
+    normalise: Normalise
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,13 @@ class Ready:
     constraint: Constraint | None = None
 
 
-def options_of(options: Mapping[str, Any]) -> ChatOptions:
-    """Read chat options given by keyword.
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse options that do not exist.
 
     Raises:
-        PromptError: on an unknown name, with the closest known one.
+        PromptError: naming the closest known one.
     """
-    known = [f.name for f in fields(ChatOptions)]
+    known = list(ChatOptions.__annotations__)
     for name in options:
         if name not in known:
             close = get_close_matches(name, known, n=1)
@@ -78,7 +78,6 @@ def options_of(options: Mapping[str, Any]) -> ChatOptions:
                 f"chat option `{name}` is unknown, expected one of {', '.join(known)}",
                 hint=f"did you mean `{close[0]}`?" if close else None,
             )
-    return ChatOptions(**options)
 
 
 def tokenizer_of(loaded: Loaded) -> Tokenizer:
@@ -143,35 +142,41 @@ def raw_prompt(loaded: Loaded, prompt: str | Many[int], params: SamplingParams |
 
 
 def chat_prompt(
-    loaded: Loaded, messages: Many[Mapping[str, Any]], options: ChatOptions, params: SamplingParams | None
+    loaded: Loaded,
+    messages: Many[Mapping[str, Any]],
+    options: Mapping[str, Any],
+    params: SamplingParams | None,
 ) -> Ready:
     """Prepare a conversation: render, encode, and set up parser and grammar for what comes back."""
+    check_options(options)
     tokenizer, dialect = tokenizer_of(loaded), dialect_of(loaded)
     resolved, ends = _resolved(loaded, params)
-    thinking = loaded.settings.thinking if options.thinking is None else options.thinking
+    thinking = options.get("thinking")
+    thinking = loaded.settings.thinking if thinking is None else thinking
+    tools, choice, form = (
+        options.get("tools"),
+        options.get("tool_choice", "auto"),
+        options.get("response_format"),
+    )
     spans = encode_chat(
-        messages, dialect, thinking=thinking, effort=options.effort, tools=options.tools, tool_choice=options.tool_choice,
-        response_format=options.response_format, drop_thinking=options.drop_thinking, normalise=options.normalise,
+        messages, dialect, thinking=thinking, effort=options.get("effort"), tools=tools, tool_choice=choice,
+        response_format=form, drop_thinking=options.get("drop_thinking", True),
+        normalise=options.get("normalise", "reference"),
     )  # fmt: skip
     parser = CompletionParser.for_prompt(
-        spans,
-        dialect,
-        tokenizer,
-        tools=options.tools,
-        tool_choice=options.tool_choice,
-        stop=resolved.stop_strings,
+        spans, dialect, tokenizer, tools=tools, tool_choice=choice, stop=resolved.stop_strings
     )
     constraint: Constraint | None = None
-    if _needs_grammar(options):
+    if _needs_grammar(tools, choice, form):
         # imported only here: the extra may be absent
         from v4sdk.prompts.grammar import AnswerGrammar
 
         constraint = AnswerGrammar(
-            dialect, tokenizer, response_format=options.response_format, tools=options.tools,
-            tool_choice=options.tool_choice, start=completion_start(spans, dialect), vocab_size=loaded.config.vocab_size,
+            dialect, tokenizer, response_format=form, tools=tools, tool_choice=choice,
+            start=completion_start(spans, dialect), vocab_size=loaded.config.vocab_size,
         )  # fmt: skip
     default = _MAX_TOKENS_THINKING if thinking else _MAX_TOKENS
-    # an end token that is ignored is not text either
+    # the parser wants to see the end token; one that is ignored is not text either
     hidden = ends if resolved.ignore_eos else ends - {tokenizer.eos_id}
     return Ready(
         tokenizer.encode_spans(spans), resolved, ChatReader(parser), resolved.max_tokens or default, _is_default(params),
@@ -179,13 +184,13 @@ def chat_prompt(
     )  # fmt: skip
 
 
-def _needs_grammar(options: ChatOptions) -> bool:
+def _needs_grammar(
+    tools: Many[Mapping[str, Any]] | None, choice: str | Mapping[str, Any], form: Mapping[str, Any] | None
+) -> bool:
     """A format, a forced call or a strict tool is enforced; plain tools are parsed, and refused when malformed."""
-    form = options.response_format
-    formatted = isinstance(form, Mapping) and form.get("type") != "text"
-    forced = options.tool_choice == "required" or isinstance(options.tool_choice, Mapping)
-    strict = any(tool["function"].get("strict") is True for tool in options.tools or ())
-    return formatted or forced or (strict and options.tool_choice != "none")
+    formatted = form is not None and form.get("type") != "text"
+    strict = choice != "none" and any(tool["function"].get("strict") is True for tool in tools or ())
+    return formatted or strict or choice not in ("auto", "none")
 
 
 def _is_default(params: SamplingParams | None) -> bool:
@@ -228,34 +233,40 @@ def request(
     limit: int,
     reuse: bool,
 ) -> Request:
-    """Put a prompt on a state: a new one, the end of `held`, or over its longest common prefix."""
-    state = engine.new_state() if held is None else held
-    read = state.num_cached
-    if reuse:
-        prefix = min(common_prefix(state.ids, ready.ids), len(ready.ids) - 1)
-        engine.restore(state, prefix)
-        recomputed = min(read, prefix) - state.num_cached
-        state.ids = list(ready.ids)
-        # the next turn differs from here at the earliest: the header's last token says whether it thinks
-        state.marks = set() if held is None else {len(ready.ids) - 1}
-    else:
-        state.ids += ready.ids
-        if not state.pending:
-            # nothing to read: read the last token again for its logits
-            engine.restore(state, len(state.ids) - 1)
-        recomputed = read - state.num_cached
-    params = ready.params
-    # an answer that goes on keeps the draws it would have had
-    seed = params.seed if params.seed is not None else state.seed
+    """Make a request of a prompt: for a fresh state, for the end of `held`, or over its longest common prefix."""
+    params, seed = ready.params, ready.params.seed
+    usage = Usage(len(ready.ids))
+    if held is not None:
+        # an answer that goes on keeps the draws it would have had
+        seed = held.seed if seed is None and not ready.ids else seed
+        usage, stream = _placed(engine, ready.ids, held, reuse), held.stream
     if seed is None and not params.is_greedy:
         seed = draw_seed()
-    state.seed, state.stream = seed, stream if held is None else state.stream
-    usage = Usage(len(state.ids), state.num_cached, recomputed)
+    if held is not None:
+        held.seed = seed
     ends = loaded.settings.end_ids if not params.ignore_eos else frozenset()
     return Request(
-        state, params, Transcript(ready.reader, usage, params.logprobs, seed), min(ready.max_tokens, limit - len(state.ids)),
-        ends | frozenset(params.stop_token_ids), ready.hidden_ids, held is None, ready.constraint,
+        ready.ids, params, Transcript(ready.reader, usage, params.logprobs, seed),
+        min(ready.max_tokens, limit - usage.prompt_tokens), ends | frozenset(params.stop_token_ids), ready.hidden_ids, seed,
+        stream, held, ready.constraint,
     )  # fmt: skip
+
+
+def _placed(engine: Engine, ids: list[int], held: SequenceState, reuse: bool) -> Usage:
+    """Make a prompt the pending tokens of a sequence, going back as far as it must."""
+    read = held.num_cached
+    if reuse:
+        prefix = min(common_prefix(held.ids, ids), len(ids) - 1)
+        engine.restore(held, prefix)
+        held.ids = list(ids)
+        # the next turn differs from here at the earliest: the header's last token says whether it thinks
+        held.marks = {len(ids) - 1}
+        return Usage(len(ids), held.num_cached, min(read, prefix) - held.num_cached)
+    held.ids += ids
+    if not held.pending:
+        # nothing to read: read the last token again for its logits
+        engine.restore(held, len(held.ids) - 1)
+    return Usage(len(held.ids), held.num_cached, read - held.num_cached)
 
 
 def state_header(loaded: Loaded, held: SequenceState) -> StateHeader:

@@ -19,22 +19,32 @@ class Request:
     """One answer to generate.
 
     Attributes:
-        state: a sequence whose pending tokens are the prompt. params: with every value filled in.
+        ids: the prompt of a fresh state. params: with every value filled in.
         max_tokens: most to generate. end_ids: tokens that end it. hidden_ids: tokens that are not text.
-        owned: the state goes back to the engine when the request is over.
+        seed, stream: where its uniforms come from.
+        held: somebody's sequence, whose pending tokens are the prompt; else rows are taken when it is admitted.
     """
 
-    state: SequenceState
+    ids: list[int]
     params: SamplingParams
     transcript: Transcript
     max_tokens: int
     end_ids: frozenset[int]
     hidden_ids: frozenset[int]
-    owned: bool
+    seed: int | None
+    stream: int
+    held: SequenceState | None = None
     constraint: Constraint | None = None
     finish_reason: FinishReason | None = None
     started_s: float = field(default_factory=time.perf_counter)
     first_token_s: float = 0.0
+    running: SequenceState | None = None
+
+    @property
+    def state(self) -> SequenceState:
+        """The sequence it runs on, once it is admitted."""
+        assert self.running is not None
+        return self.running
 
 
 class Scheduler:
@@ -53,7 +63,8 @@ class Scheduler:
         self._all = list(requests)
         self._waiting, self._running = list(requests), list[Request]()
         for request in self._all:
-            request.state.in_use = True
+            if request.held is not None:
+                request.held.in_use = True
         self._events = self._run()
 
     def next_event(self) -> tuple[Request, list[Piece]] | None:
@@ -100,10 +111,12 @@ class Scheduler:
     def _admit(self) -> Iterator[tuple[Request, list[Piece]]]:
         room = self._max_batch - len(self._running)
         new, self._waiting = self._waiting[:room], self._waiting[room:]
+        for request in new:
+            request.running = request.held or self._fresh_state(request)
         states = [r.state for r in new]
         try:
             logits = self._engine.advance(states, self._check, self._on_chunk)
-        except Cancelled:
+        except BaseException:
             # what was not read is not part of the sequence
             for state in states:
                 del state.ids[state.num_cached :]
@@ -115,6 +128,11 @@ class Scheduler:
         self._running += new
         for request, token in zip(new, tokens, strict=True):
             yield request, self._take(request, token)
+
+    def _fresh_state(self, request: Request) -> SequenceState:
+        state = self._engine.new_state()
+        state.ids, state.seed, state.stream = list(request.ids), request.seed, request.stream
+        return state
 
     def _decode_step(self) -> DecodeStep:
         return self._engine.decode_step([r.state for r in self._running], self._sampler(self._running))
@@ -139,17 +157,18 @@ class Scheduler:
         first = request.first_token_s or now
         request.finish_reason = reason
         self._running = [r for r in self._running if r is not request]
-        if not request.owned:
-            self._engine.remember(request.state)
+        if request.held is not None:
+            self._engine.remember(request.held)
         pieces = request.transcript.finish(reason, first - request.started_s, now - first)
         self._release(request)
         return pieces
 
     def _release(self, request: Request) -> None:
-        if request.state.in_use:
-            request.state.in_use = False
-            if request.owned:
-                self._engine.free(request.state)
+        if request.held is not None:
+            request.held.in_use = False
+        elif request.running is not None:
+            self._engine.free(request.running)
+        request.running = None
 
     def _stop_all(self) -> Iterator[tuple[Request, list[Piece]]]:
         for request in [*self._running, *self._waiting]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence as Many
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, overload
+from typing import Any, Literal, Unpack, overload
 
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from v4sdk.errors import Cancelled, ConfigError, MemoryRefused, StateError
 from v4sdk.numerics import KVFormat, Numerics
 from v4sdk.output import Piece, Result, Usage
 from v4sdk.progress import OnProgress, Progress, silent
+from v4sdk.prompting import ChatOptions
 from v4sdk.prompts import Dialect
 from v4sdk.sampling import SamplingParams
 from v4sdk.scheduler import Request, Scheduler
@@ -29,7 +30,7 @@ from v4sdk.sequence import Sequence, SequenceState
 from v4sdk.stream import Stream
 from v4sdk.tokenizer import Tokenizer
 
-__all__ = ["Piece", "Progress", "Result", "SamplingParams", "Sequence", "Session", "Usage"]
+__all__ = ["ChatOptions", "Piece", "Progress", "Result", "SamplingParams", "Sequence", "Session", "Usage"]
 
 PREFILL_CHUNK = 1024
 SNAPSHOT_INTERVAL = 16384
@@ -190,8 +191,9 @@ class Session:
             found, notes = prompting.read_sequence(self.loaded, path)
             for note in notes:
                 self._notice(note)
+            sequence = Sequence(self, found)
             engine.remember(found)
-            return Sequence(self, found)
+            return sequence
 
     def fork_sequence(self, sequence: Sequence) -> Sequence:
         """See `Sequence.fork`."""
@@ -249,11 +251,10 @@ class Session:
             ContextOverflow, SamplingError, PromptError, StateError, Cancelled: see their texts.
         """
         if isinstance(prompts, str) or all(isinstance(p, int) for p in prompts):
-            requests = self._raw_requests([prompts], params, sequence)  # type: ignore[list-item]
-            return self._results(requests)[0]
+            return self._results(*self._raw([prompts], params, sequence))[0]  # type: ignore[list-item]
         if sequence is not None:
             raise StateError(f"a sequence takes one prompt at a time, got {len(prompts)}")
-        return self._results(self._raw_requests(prompts, params, None))  # type: ignore[arg-type]
+        return self._results(*self._raw(prompts, params, None))  # type: ignore[arg-type]
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, sequence: Sequence | None = None
@@ -262,17 +263,23 @@ class Session:
 
         Closing the iterator early leaves a sequence at the token it has reached.
         """
-        return self._pieces(self._raw_requests([prompt], params, sequence))
+        return self._raw([prompt], params, sequence)[0]
 
     @overload
-    def chat(self, messages: Many[Message], *, stream: Literal[False] = False, **options: Any) -> Result: ...
+    def chat(
+        self, messages: Many[Message], *, stream: Literal[False] = False, params: SamplingParams | None = None,
+        sequence: Sequence | None = None, **options: Unpack[ChatOptions],
+    ) -> Result: ...  # fmt: skip
 
     @overload
-    def chat(self, messages: Many[Message], *, stream: Literal[True], **options: Any) -> Stream: ...
+    def chat(
+        self, messages: Many[Message], *, stream: Literal[True], params: SamplingParams | None = None,
+        sequence: Sequence | None = None, **options: Unpack[ChatOptions],
+    ) -> Stream: ...  # fmt: skip
 
     def chat(
         self, messages: Many[Message], *, stream: bool = False, params: SamplingParams | None = None,
-        sequence: Sequence | None = None, **options: Any,
+        sequence: Sequence | None = None, **options: Unpack[ChatOptions],
     ) -> Result | Stream:  # fmt: skip
         """Answer a conversation.
 
@@ -282,14 +289,13 @@ class Session:
         Args:
             messages: dicts with `role` and `content`, as the hosted API takes them.
             stream: give an iterator of pieces instead of a result.
-            options: fields of `prompting.ChatOptions`: `tools`, `tool_choice`, `thinking`, `effort`,
-                `response_format`, `drop_thinking`, `normalise`.
+            options: `tools`, `tool_choice`, `thinking`, `effort`, `response_format`, `drop_thinking`, `normalise`.
 
         Raises:
             PromptError: if the conversation or an option is invalid, or the dialect is unknown; else as `generate`.
         """
-        made = self._chat_requests([(messages, options)], params, sequence)
-        return self._pieces(made) if stream else self._results(made)[0]
+        pieces, requests = self._chat([(messages, options)], params, sequence)
+        return pieces if stream else self._results(pieces, requests)[0]
 
     def chat_many(
         self,
@@ -297,7 +303,7 @@ class Session:
         params: SamplingParams | None = None,
     ) -> list[Result]:
         """Answer several conversations, each (messages, options of `chat`), in packed batches from fresh states."""
-        return self._results(self._chat_requests(conversations, params, None))
+        return self._results(*self._chat(conversations, params, None))
 
     def logits(
         self, ids: Many[int], positions: Many[int] | None = None, limit_bytes: int = LOGITS_LIMIT_BYTES
@@ -327,10 +333,14 @@ class Session:
             try:
                 held.ids = tokens
                 order = sorted(set(rows))
+                at = {p: i for i, p in enumerate(order)}
                 found = engine.advance(
-                    [held], self._checker(), self._on_chunk, lambda _, a, b: [p for p in order if a <= p < b]
+                    [held],
+                    self._checker(),
+                    self._on_chunk,
+                    lambda _, a, b: [p for p in range(a, b) if p in at],
                 )
-                return found[[order.index(p) for p in rows]].clone()
+                return found[[at[p] for p in rows]].clone()
             finally:
                 engine.free(held)
 
@@ -395,41 +405,40 @@ class Session:
         loading.log.warning(text)
         self.on_progress(Progress("notice", text=text))
 
-    def _raw_requests(
+    def _raw(
         self, prompts: Many[Prompt], params: SamplingParams | None, sequence: Sequence | None
-    ) -> list[Request]:
-        with self._turn() as engine:
-            ready = [
-                prompting.raw_prompt(self.loaded, p, params, sequence is None or not len(sequence))
-                for p in prompts
-            ]
-            return self._started(engine, ready, sequence, reuse=False)
+    ) -> tuple[Stream, list[Request]]:
+        with self._turn():
+            fresh = sequence is None or not len(sequence)
+            ready = [prompting.raw_prompt(self.loaded, p, params, fresh) for p in prompts]
+            return self._started(ready, sequence, reuse=False)
 
-    def _chat_requests(
+    def _chat(
         self, conversations: Many[tuple[Many[Message], Mapping[str, Any]]], params: SamplingParams | None,
         sequence: Sequence | None,
-    ) -> list[Request]:  # fmt: skip
-        with self._turn() as engine:
-            ready = [
-                prompting.chat_prompt(self.loaded, messages, prompting.options_of(options), params)
-                for messages, options in conversations
-            ]
-            return self._started(engine, ready, sequence, reuse=True)
+    ) -> tuple[Stream, list[Request]]:  # fmt: skip
+        with self._turn():
+            ready = [prompting.chat_prompt(self.loaded, m, options, params) for m, options in conversations]
+            return self._started(ready, sequence, reuse=True)
 
     def _started(
-        self, engine: Engine, ready: list[prompting.Ready], sequence: Sequence | None, reuse: bool
-    ) -> list[Request]:
-        """Check everything, then take states: nothing is left behind when a prompt is refused."""
-        held = None if sequence is None else sequence.state_for(self)
-        for one in ready:
-            before = 0 if held is None or reuse else len(held.ids)
-            if not one.ids and not before:
-                raise StateError("the prompt is empty, expected at least one token")
-            self._check_length(one, before)
-        return [
-            prompting.request(self.loaded, engine, one, held, stream, self._context_limit, reuse)
-            for stream, one in enumerate(ready)
-        ]
+        self, ready: list[prompting.Ready], sequence: Sequence | None, reuse: bool
+    ) -> tuple[Stream, list[Request]]:
+        """Check everything, then touch the sequence: nothing is left behind when a prompt is refused."""
+        with self._turn() as engine:
+            held = None if sequence is None else sequence.state_for(self)
+            for one in ready:
+                before = 0 if held is None or reuse else len(held.ids)
+                if not one.ids and not before:
+                    raise StateError("the prompt is empty, expected at least one token")
+                self._check_length(one, before)
+            requests = [
+                prompting.request(self.loaded, engine, one, held, stream, self._context_limit, reuse)
+                for stream, one in enumerate(ready)
+            ]
+            scheduler = Scheduler(engine, requests, self._max_batch, self._cancelled(), self._on_chunk)
+            self._active.add(scheduler)
+            return Stream(scheduler, self._turn, self._abandoned.append), requests
 
     def _check_length(self, one: prompting.Ready, before: int) -> None:
         prompting.check_length(one, before, self._context_limit)
@@ -441,16 +450,8 @@ class Session:
                 f"expect worse answers"
             )
 
-    def _scheduler(self, requests: list[Request]) -> Scheduler:
-        with self._turn() as engine:
-            made = Scheduler(engine, requests, self._max_batch, self._cancelled(), self._on_chunk)
-            self._active.add(made)
-            return made
-
-    def _pieces(self, requests: list[Request]) -> Stream:
-        return Stream(self._scheduler(requests), self._turn, self._abandoned.append)
-
-    def _results(self, requests: list[Request]) -> list[Result]:
-        for _ in self._pieces(requests):
+    @staticmethod
+    def _results(pieces: Stream, requests: list[Request]) -> list[Result]:
+        for _ in pieces:
             pass
         return [r.transcript.result for r in requests if r.transcript.result is not None]
