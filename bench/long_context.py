@@ -1,0 +1,136 @@
+"""Memory and agreement at long context: `python -m v4sdk_bench.long_context`.
+
+Every measurement is a process of its own, so that its peak resident size is its own. Prints what the KV formula says
+beside what was measured, and how far two chunk sizes differ in exact numerics. Minutes of work; shows progress.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+_MIB = 1 << 20
+SHORT, LONG = 16_384, 131_072
+CHUNKS = (512, 1000)
+RSS_SLACK_BYTES = 64 * _MIB
+WORKSPACE_LIMIT_BYTES = 512 * _MIB
+CHUNK_LIMIT = 1e-4
+
+
+def measure(
+    model: str | None, num_tokens: int, numerics: str | None, chunk: int | None, logits: Path | None
+) -> dict[str, Any]:
+    """Read `num_tokens` random tokens in this process and report peak memory; optionally keep the last logits."""
+    import torch
+
+    from v4sdk import Session
+    from v4sdk.kv_cache import kv_bytes
+
+    options: dict[str, Any] = {"prefill_chunk": chunk} if chunk else {}
+    with Session.load(model, numerics=numerics, **options) as session:
+        generator = torch.Generator().manual_seed(num_tokens)
+        ids = torch.randint(0, session.config.vocab_size, (num_tokens,), generator=generator).tolist()
+        before, began = _peak_bytes(), time.perf_counter()
+        last = session.logits(ids, positions=[num_tokens - 1])
+        elapsed = time.perf_counter() - began
+        if logits:
+            torch.save(last, logits)
+        return {
+            "tokens": num_tokens, "numerics": session.numerics.name, "kv_format": session.kv_format, "chunk": chunk,
+            "elapsed_s": elapsed, "rss_before_bytes": before, "rss_peak_bytes": _peak_bytes(),
+            "kv_bytes": kv_bytes(session.config, num_tokens, session.kv_format),
+            "kinds": sorted({layer.kind for layer in session.config.layers}), "index_topk": session.config.index_topk,
+        }  # fmt: skip
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _child(
+    model: str | None, num_tokens: int, numerics: str | None, chunk: int | None, logits: Path | None
+) -> dict[str, Any]:
+    job = json.dumps([model, num_tokens, numerics, chunk, str(logits) if logits else None])
+    print(
+        f"reading {num_tokens:,} tokens ({numerics or 'default numerics'}, chunk {chunk or 'default'}) ...",
+        file=sys.stderr,
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "v4sdk_bench.long_context", "--job", job],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(f"  {found['elapsed_s']:.0f} s, peak {found['rss_peak_bytes'] / _MIB:.0f} MiB", file=sys.stderr)
+    return found
+
+
+def main() -> int:
+    """Run all measurements; exit 1 if a limit is exceeded."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", help="checkpoint folder; the bundled model by default")
+    parser.add_argument("--tokens", type=int, nargs=2, default=(SHORT, LONG), metavar=("SHORT", "LONG"))
+    parser.add_argument("--no-chunks", action="store_true", help="leave out the two exact runs")
+    parser.add_argument("--json", type=Path, help="write the record here")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.job:
+        model, num_tokens, numerics, chunk, logits = json.loads(args.job)
+        print(json.dumps(measure(model, num_tokens, numerics, chunk, Path(logits) if logits else None)))
+        return 0
+    short, long = (_child(args.model, n, None, None, None) for n in args.tokens)
+    grown = long["rss_peak_bytes"] - short["rss_peak_bytes"]
+    formula = long["kv_bytes"] - short["kv_bytes"]
+    limit = 1.1 * formula + RSS_SLACK_BYTES
+    workspaces = [r["rss_peak_bytes"] - r["rss_before_bytes"] - r["kv_bytes"] for r in (short, long)]
+    span = f"peak RSS({long['tokens']:,}) - peak RSS({short['tokens']:,})"
+    kinds = f"{', '.join(long['kinds'])}; {long['index_topk']}"
+    rows = [
+        (span, _mb(grown), _mb(limit), grown <= limit),
+        ("KV formula for the difference", _mb(formula), "", True),
+        (f"layer kinds; picks of {long['tokens'] // 4:,} entries", kinds, "", True),
+    ]
+    for run, used in zip((short, long), workspaces, strict=True):
+        fits = used <= WORKSPACE_LIMIT_BYTES
+        rows.append((f"workspace at {run['tokens']:,}", _mb(used), _mb(WORKSPACE_LIMIT_BYTES), fits))
+    record: dict[str, Any] = {"runs": [short, long]}
+    if not args.no_chunks:
+        rows.append(_compare_chunks(args.model, args.tokens[1], record))
+    for name, value, allowed, ok in rows:
+        print(f"{'ok  ' if ok else 'FAIL'} {name:52} {value:>16} {'limit ' + allowed if allowed else ''}")
+    if args.json:
+        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return 0 if all(ok for *_, ok in rows) else 1
+
+
+def _compare_chunks(model: str | None, num_tokens: int, record: dict[str, Any]) -> tuple[str, str, str, bool]:
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        last = []
+        for chunk in CHUNKS:
+            path = Path(folder) / f"{chunk}.pt"
+            record["runs"].append(_child(model, num_tokens, "exact", chunk, path))
+            last.append(torch.load(path, weights_only=True).double())
+    error = float((last[0] - last[1]).norm() / last[1].norm())
+    record["chunk_relative_l2"] = error
+    name = f"exact, last logits, chunks of {CHUNKS[0]} and {CHUNKS[1]:,}"
+    return name, f"{error:.1e}", f"{CHUNK_LIMIT:.0e}", error <= CHUNK_LIMIT
+
+
+def _mb(num_bytes: float) -> str:
+    return f"{num_bytes / _MIB:.1f} MiB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
