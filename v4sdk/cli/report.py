@@ -33,7 +33,7 @@ def backends(ops: bool, model: str | None, as_json: bool) -> None:
             "name": status.name,
             "state": status.state,
             "reason": status.reason,
-            "evidence": status.backend.evidence if status.backend else None,
+            "evidence": status.backend.evidence if status.backend and status.reason is None else None,
             "priority": status.backend.priority if status.backend else None,
             "distribution": status.distribution,
         }

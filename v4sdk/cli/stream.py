@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _PROGRESS_TTY_S = 0.2
 _PROGRESS_PIPE_S = 10.0
+_LABELS = {"notice": "note"}
 
 
 class Printer(Protocol):
@@ -90,9 +91,9 @@ class ProgressLine:
 
     def __call__(self, report: Progress) -> None:
         """Show one report, unless the last one is fresh."""
-        if report.kind == "notice":
+        if report.text:
             self.clear()
-            click.echo(f"note: {report.text}", err=True)
+            click.echo(f"{_LABELS.get(report.kind, report.kind)}: {report.text}", err=True)
             return
         now = time.monotonic()
         if report.done >= report.total:
