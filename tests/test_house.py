@@ -47,8 +47,10 @@ ONE_ROOM = {
     "triton": set(),
     "torch_npu": set(),
 }
-NO_TORCH = {"errors", "progress", "hub", "numerics", "config", "config_file", "presets", "tensors", "tokenizer", "prompts", "hookspecs", "plugins",
-            "sampling", "headers"}  # fmt: skip
+NO_TORCH = set(
+    """errors progress hub numerics config config_file presets tensors tokenizer prompts hookspecs plugins sampling
+    headers""".split()
+)
 VENDOR_WORDS = re.compile(r"(?<![a-z])(cuda|npu|ascend|triton|nvidia|huawei)(?![a-z])", re.IGNORECASE)
 VOCABULARY = """embed hc_pre hc_post hc_post_pre hc_head rms_norm linear q_project kv_project_store compress index_query
     index_topk sparse_attn grouped_out route route_hash routed_experts shared_expert logits sample""".split()
