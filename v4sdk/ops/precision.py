@@ -20,7 +20,7 @@ def between_dtype(numerics: Numerics) -> torch.dtype:
 
 def wide(x: Tensor) -> Tensor:
     """The operand of float32 arithmetic; float64 stays what it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _arithmetic(numerics: Numerics) -> torch.dtype:
