@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -166,6 +167,15 @@ def test_core_names_no_vendor() -> None:
 def test_start_up_leaves_torch_out(code: str) -> None:
     check = "import sys; heavy = {'torch', 'tokenizers', 'huggingface_hub', 'rich'} & set(sys.modules); assert not heavy, heavy"
     subprocess.run([sys.executable, "-c", f"{code}\n{check}"], check=True, capture_output=True, text=True)
+
+
+def test_the_wheel_holds_every_package() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"][
+        "packages"
+    ]
+    inside = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "v4sdk").rglob("__init__.py")}
+    assert inside == {name for name in listed if name.split(".")[0] == "v4sdk"}
+    assert {"v4sdk_bench", *(f"v4sdk_{name}" for name in BACKENDS)} <= set(listed)
 
 
 def test_the_vocabulary_is_whole() -> None:
