@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -122,6 +123,20 @@ def test_list_of_prompts_equals_each_alone(session: Session) -> None:
     assert [r.ids for r in together] == [session.generate(p, GREEDY).ids for p in prompts]
     ids = [[5, 6, 7], [9]]
     assert [r.ids for r in session.generate(ids, GREEDY)] == [session.generate(p, GREEDY).ids for p in ids]
+
+
+def test_integers_of_other_libraries_are_token_ids(session: Session) -> None:
+    expected = session.generate([5, 6], GREEDY).ids
+    assert session.generate(torch.tensor([5, 6]), GREEDY).ids == expected  # type: ignore[call-overload]
+    assert session.generate(np.array([5, 6]), GREEDY).ids == expected  # type: ignore[call-overload]
+
+
+def test_rows_are_taken_only_for_prompts_that_run(chat_folder: Path) -> None:
+    with Session.load(chat_folder, backend="cpu", numerics="exact", max_batch=2) as narrow:
+        narrow.generate([[5]] * 2, SamplingParams(temperature=0, max_tokens=1))
+        size = narrow.cache_bytes
+        narrow.generate([[5]] * 12, SamplingParams(temperature=0, max_tokens=2))
+        assert narrow.cache_bytes == size
 
 
 def test_more_prompts_than_rows_are_answered_in_turn(chat_folder: Path) -> None:
@@ -261,6 +276,15 @@ def test_chat_over_a_kept_sequence_equals_fresh(session: Session) -> None:
             messages = [*messages, answer, _user(f"and {turn}?")]
 
 
+def test_asking_again_draws_anew_and_going_on_does_not(session: Session) -> None:
+    drawn = SamplingParams(temperature=1, max_tokens=5, ignore_eos=True)
+    with session.sequence() as sequence:
+        first = session.chat([_user("tea?")], params=drawn, sequence=sequence)
+        again = session.chat([_user("tea?")], params=drawn, sequence=sequence)
+        assert first.seed != again.seed
+        assert session.generate([], drawn, sequence).seed == again.seed
+
+
 def test_chat_of_another_conversation_on_the_same_sequence(session: Session) -> None:
     with session.sequence() as sequence:
         session.chat([_user("What is 3 + 4?")], params=GREEDY, sequence=sequence)
@@ -312,6 +336,8 @@ def test_logits(session: Session) -> None:
         ("", None, StateError, "empty"),
         ([3, 1280], None, PromptError, "token 1 of the prompt is 1280"),
         ([-1], None, PromptError, "expected an integer from 0 to 1279"),
+        ([3, 4.0], None, PromptError, "token 1 of the prompt is 4.0"),
+        ([True], None, PromptError, "is True"),
         ([3] * 5000, None, ContextOverflow, "5,000 tokens with an answer does not fit"),
         ([3] * 4096, None, ContextOverflow, "4,096"),
         ([3] * 10, SamplingParams(max_tokens=4087), ContextOverflow, "`max_tokens` 4,087"),
@@ -428,6 +454,23 @@ def test_cancel_during_prefill_rolls_back_to_the_last_chunk(session: Session) ->
         session.on_progress = lambda report: None
         assert (sequence.num_cached, sequence.ids) == (128, tuple(ids[:128]))
         assert session.generate(ids[128:], GREEDY, sequence).ids == session.generate(ids, GREEDY).ids
+
+
+def test_interrupt_during_prefill_leaves_what_was_read(session: Session) -> None:
+    ids = [(i * 31) % 1200 + 20 for i in range(200)]
+    with session.sequence() as sequence:
+
+        def interrupt(report: Progress) -> None:
+            raise KeyboardInterrupt
+
+        session.on_progress = interrupt
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                session.generate(ids, GREEDY, sequence)
+        finally:
+            session.on_progress = lambda report: None
+        assert (sequence.num_cached, sequence.ids) == (64, tuple(ids[:64]))
+        assert session.generate(ids[64:], GREEDY, sequence).ids == session.generate(ids, GREEDY).ids
 
 
 def test_cancel_during_decode_ends_the_answer(session: Session) -> None:

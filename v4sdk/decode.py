@@ -146,14 +146,21 @@ class DecodeStep:
         # steps until the first sequence has filled its last page
         self.steps_left = min(len(s.rows.pages) * page - s.num_cached for s in states)
         self._drawn: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-        self._replay = backend.record(self._step)
+        self._replay = backend.record(self.advance)
 
     @property
     def batch(self) -> Batch:
         """The buffers."""
         return self._batch
 
-    def _step(self) -> None:
+    @property
+    def drawn(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the last step gave, in buffers too: the results of the op `sample`."""
+        assert self._drawn is not None
+        return self._drawn
+
+    def advance(self) -> None:
+        """The step on the device alone: from the pending tokens to the next ones. Reads no value on the host."""
         streams = self._model.forward(self._batch, self._cache)
         drawn = self._sampler.draw(self._model, self._model.logits(streams))
         if self._drawn is None:
@@ -170,8 +177,7 @@ class DecodeStep:
         self._sampler.prepare()
         self._replay()
         self.steps_left -= 1
-        assert self._drawn is not None
-        tokens = self._sampler.read(self._drawn)
+        tokens = self._sampler.read(self.drawn)
         for state, token in zip(self._states, tokens, strict=True):
             state.num_cached += 1
             state.ids.append(token.id)

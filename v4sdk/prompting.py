@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from collections.abc import Sequence as Many
 from dataclasses import asdict, dataclass
@@ -116,12 +117,19 @@ def checked_ids(loaded: Loaded, ids: Many[int], limit: int) -> list[int]:
 
 def _known_ids(loaded: Loaded, ids: Many[int]) -> list[int]:
     vocab = loaded.config.vocab_size
-    for at, index in enumerate(ids):
-        if type(index) is not int or not 0 <= index < vocab:
+    found = []
+    for at, given in enumerate(ids):
+        try:
+            # integers of other libraries are welcome, True is not
+            index = -1 if isinstance(given, bool) else operator.index(given)
+        except TypeError:
+            index = -1
+        if not 0 <= index < vocab:
             raise PromptError(
-                f"token {at} of the prompt is {index!r}, expected an integer from 0 to {vocab - 1}"
+                f"token {at} of the prompt is {given!r}, expected an integer from 0 to {vocab - 1}"
             )
-    return list(ids)
+        found.append(index)
+    return found
 
 
 def raw_prompt(loaded: Loaded, prompt: str | Many[int], params: SamplingParams | None, fresh: bool) -> Ready:

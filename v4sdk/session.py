@@ -250,7 +250,7 @@ class Session:
         Raises:
             ContextOverflow, SamplingError, PromptError, StateError, Cancelled: see their texts.
         """
-        if isinstance(prompts, str) or all(isinstance(p, int) for p in prompts):
+        if isinstance(prompts, str) or not any(isinstance(p, (str, Many)) for p in prompts):
             return self._results(*self._raw([prompts], params, sequence))[0]  # type: ignore[list-item]
         if sequence is not None:
             raise StateError(f"a sequence takes one prompt at a time, got {len(prompts)}")
