@@ -227,7 +227,7 @@ def test_a_chat_prompt_reuses_what_a_saved_state_has_in_common(tiny: Run, tmp_pa
         (["--backend", "cpuu"], "backend `cpuu` is unknown", "did you mean `cpu`?"),
         (["--backend", "bench"], "plugin `bench` offers no backend", "choose one of"),
         (["--strict"], "has no kernel for", "leave out --strict"),
-        (["--model", "./nowhere"], "`nowhere`", None),
+        (["--model", "./nowhere"], "folder `./nowhere` does not exist", "owner/name"),
         (["--dialect", "v9"], "`v9`", None),
         (["--resume", "/nowhere/state"], "/nowhere/state", None),
         (["--effort", "frantic"], "frantic", None),
