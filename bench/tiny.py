@@ -69,6 +69,8 @@ def draw(config: ModelConfig, seed: int) -> dict[str, Tensor]:
         x = torch.randn(shape, generator=random)
         if name.endswith("norm.weight"):
             return 1 + 0.1 * x
+        if name.endswith("gate.bias"):
+            return 0.2 * x
         if name == "embed.weight" or len(shape) == 1:
             return x
         # unit gain, a little more for gates and scores so that choices are far from ties
