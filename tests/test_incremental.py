@@ -151,6 +151,17 @@ def test_packed_rows_at_mixed_positions_equal_each_alone() -> None:
             assert close(logits, alone(seed)[at : at + len(logits)]), (seed, at)
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_blocks_of_all_sequences_close_in_one_step(size: int) -> None:
+    kv, lengths = KVCache(model().config, "float32"), (3, 7, 127, 11, 35)
+    runs = [Run(model(), kv) for _ in lengths]
+    found = [together(runs, [prompt(s)[:n] for s, n in enumerate(lengths)])]
+    for _ in range(4):
+        found.append(together(runs, [prompt(s)[r.at : r.at + size] for s, r in enumerate(runs)]))
+    for seed, (parts, run) in enumerate(zip(zip(*found, strict=True), runs, strict=True)):
+        assert close(torch.cat(parts), alone(seed)[: run.at]), seed
+
+
 def test_order_of_packing_changes_nothing() -> None:
     kv, lengths = KVCache(model().config, "float32"), (9, 130, 33)
     runs = [Run(model(), kv) for _ in lengths]

@@ -1,0 +1,441 @@
+"""The semantic bugs listed in the architecture note, 5.1: each row as patches to production code and the tests that notice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One wrong line of code.
+
+    Attributes:
+        label: what it does wrong. file: below `v4sdk/`. old, new: text that occurs exactly once, and its replacement.
+        killed_by: tests, below `tests/`, each of which fails on it.
+    """
+
+    label: str
+    file: str
+    old: str
+    new: str
+    killed_by: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One bug of the list.
+
+    Attributes:
+        bug: what went wrong elsewhere. patches: how it would look here. reason: why it cannot occur, where it cannot.
+    """
+
+    bug: str
+    patches: tuple[Patch, ...] = ()
+    reason: str = ""
+
+
+FORWARD = "test_golden.py::test_float32_equals_the_official_forward_pass_in_prefill_decode_and_mtp"
+ROUNDED = "test_golden.py::test_roundings_of_rows_and_indexer_equal_the_official_ones"
+ELSEWHERE = "test_transformers.py::test_golden_checkpoints_give_their_logits[tiny-fp32]"
+PACKED = "test_incremental.py::test_packed_rows_of_unequal_lengths_equal_each_alone"
+MIXED = "test_incremental.py::test_packed_rows_at_mixed_positions_equal_each_alone"
+FORK = "test_incremental.py::test_fork_goes_its_own_way_and_leaves_the_first_alone"
+DECODE = "test_incremental.py::test_decode_equals_prefill_at[16]"
+
+ROWS: tuple[Row, ...] = (
+    Row(
+        "one RoPE table for all layers",
+        (
+            Patch(
+                "base 10000 with YaRN everywhere",
+                "config.py",
+                "        if ratio:\n            rope = RopeSpec(\n                self.compress_rope_theta,",
+                "        if True:\n            rope = RopeSpec(\n                self.rope_theta,",
+                (
+                    FORWARD,
+                    ELSEWHERE,
+                    "test_quant_tables.py::test_layers_without_compressor_are_not_stretched",
+                ),
+            ),
+            Patch(
+                "base 160000 with YaRN everywhere",
+                "config.py",
+                "        if ratio:\n            rope = RopeSpec(",
+                "        if True:\n            rope = RopeSpec(",
+                (
+                    FORWARD,
+                    ELSEWHERE,
+                    "test_quant_tables.py::test_layers_without_compressor_are_not_stretched",
+                ),
+            ),
+            Patch(
+                "YaRN left on for sliding-only layers",
+                "config.py",
+                "        rope = RopeSpec(self.rope_theta)\n",
+                "        rope = RopeSpec(self.rope_theta, self.rope_factor, self.rope_original_context)\n",
+                (
+                    FORWARD,
+                    ELSEWHERE,
+                    "test_quant_tables.py::test_layers_without_compressor_are_not_stretched",
+                ),
+            ),
+        ),
+    ),
+    Row(
+        "YaRN mscale applied",
+        (
+            Patch(
+                "to cosines and sines",
+                "ops/rope.py",
+                "torch.cat((angle.cos(), angle.sin()), -1)",
+                "1.277 * torch.cat((angle.cos(), angle.sin()), -1)",
+                (
+                    FORWARD,
+                    ELSEWHERE,
+                    "test_quant_tables.py::test_angles_are_the_float32_product_even_at_a_million",
+                ),
+            ),
+            Patch(
+                "to the softmax scale",
+                "ops/attention.py",
+                "s * q.shape[-1] ** -0.5",
+                "s * 1.63 * q.shape[-1] ** -0.5",
+                (FORWARD, ELSEWHERE),
+            ),
+        ),
+    ),
+    Row(
+        "compressed KV not rotated, or rotated at the block index instead of j*m",
+        (
+            Patch(
+                "not rotated",
+                "ops/compressor.py",
+                "    pooled = rope(pooled, rope_table(block * ratio, inv_freq))\n",
+                "",
+                (FORWARD, ELSEWHERE),
+            ),
+            Patch(
+                "rotated at the block index",
+                "ops/compressor.py",
+                "rope_table(block * ratio, inv_freq)",
+                "rope_table(block, inv_freq)",
+                (FORWARD, ELSEWHERE),
+            ),
+        ),
+    ),
+    Row(
+        "half-split rotation instead of interleaved",
+        (
+            Patch(
+                "first half with second half",
+                "ops/rope.py",
+                "    even, odd = torch.unbind(split_last(wide(tail), 2), -1)\n"
+                "    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)\n",
+                "    even, odd = torch.chunk(wide(tail), 2, -1)\n"
+                "    rotated = torch.cat((even * cos - odd * sin, even * sin + odd * cos), -1)\n",
+                (
+                    FORWARD,
+                    "test_quant_tables.py::test_rotation_turns_adjacent_pairs_of_the_last_dimensions_and_back",
+                ),
+            ),
+        ),
+    ),
+    Row(
+        "inverse RoPE on the output missing",
+        (
+            Patch(
+                "output left as it is",
+                "ops/attention.py",
+                "rope(o, rope_table, inverse=True)",
+                "o",
+                (FORWARD, ELSEWHERE),
+            ),
+            Patch(
+                "output rotated forward again",
+                "ops/attention.py",
+                "rope(o, rope_table, inverse=True)",
+                "rope(o, rope_table)",
+                (FORWARD, ELSEWHERE),
+            ),
+        ),
+    ),
+    Row(
+        "inverse frequency used as frequency",
+        (
+            Patch(
+                "position divided by it",
+                "ops/rope.py",
+                "positions.float()[:, None] * inv",
+                "positions.float()[:, None] / inv",
+                (FORWARD, "test_quant_tables.py::test_angles_are_the_float32_product_even_at_a_million"),
+            ),
+        ),
+    ),
+    Row(
+        "no causal mask in the indexer, or top-k landing on future blocks",
+        (
+            Patch(
+                "no mask on scores",
+                "ops/compressor.py",
+                "torch.where(entry < visible[span], _rank(s, entry), _LOWEST)",
+                "_rank(s, entry)",
+                (FORWARD, "test_incremental.py::test_prefix_of_a_prompt_does_not_see_what_follows"),
+            ),
+            Patch(
+                "the open block visible",
+                "ops/compressor.py",
+                "torch.where(entry < visible[span],",
+                "torch.where(entry <= visible[span],",
+                (FORWARD, "test_incremental.py::test_prefix_of_a_prompt_does_not_see_what_follows"),
+            ),
+            Patch(
+                "a block hidden from the token that completes it",
+                "ops/compressor.py",
+                "visible = ((positions.long() + 1) // ratio)[:, None]",
+                "visible = (positions.long() // ratio)[:, None]",
+                (FORWARD, ELSEWHERE),
+            ),
+        ),
+    ),
+    Row(
+        "shared expert unclamped",
+        (
+            Patch(
+                "no limit",
+                "ops/moe.py",
+                "ops[linear](u, w3, numerics, between), limit).to(",
+                'ops[linear](u, w3, numerics, between), float("inf")).to(',
+                (FORWARD, ELSEWHERE),
+            ),
+        ),
+    ),
+    Row(
+        "FP8 simulation of KV copied as a no-op",
+        (
+            Patch(
+                "of window rows",
+                "ops/attention.py",
+                "    if numerics.q8_kv:\n",
+                "    if numerics.q8_kv and not numerics.q8_kv:\n",
+                (ROUNDED,),
+            ),
+            Patch(
+                "of compressed entries",
+                "ops/compressor.py",
+                "        if numerics.q8_kv:\n",
+                "        if numerics.q8_kv and not numerics.q8_kv:\n",
+                (ROUNDED,),
+            ),
+            Patch(
+                "cast to BF16 instead of FP8",
+                "quant.py",
+                "rounded = q8_decode(*q8_encode(x.detach(), block), block).to(x.dtype)",
+                "rounded = x.detach().to(torch.bfloat16).to(x.dtype)",
+                (ROUNDED, "test_quant_tables.py::test_q8_equals_the_straightforward_one[448-64]"),
+            ),
+        ),
+    ),
+    Row(
+        "mHC post with eps or without the factor 2; row-first Sinkhorn; comb not transposed",
+        (
+            Patch(
+                "eps added to post",
+                "ops/hyper_connection.py",
+                "post = 2 * torch.sigmoid(mix[:, m : 2 * m] * scale[1] + base[m : 2 * m])",
+                "post = 2 * torch.sigmoid(mix[:, m : 2 * m] * scale[1] + base[m : 2 * m]) + hc_eps",
+                ("test_properties.py::test_post_can_vanish_and_reaches_two_while_pre_keeps_its_floor",),
+            ),
+            Patch(
+                "no factor 2",
+                "ops/hyper_connection.py",
+                "post = 2 * torch.sigmoid(",
+                "post = torch.sigmoid(",
+                (
+                    FORWARD,
+                    "test_properties.py::test_post_can_vanish_and_reaches_two_while_pre_keeps_its_floor",
+                ),
+            ),
+            Patch(
+                "rows first",
+                "ops/hyper_connection.py",
+                "    c = c / (c.sum(-2, keepdim=True) + eps)\n"
+                "    for _ in range(iterations - 1):\n"
+                "        c = c / (c.sum(-1, keepdim=True) + eps)\n"
+                "        c = c / (c.sum(-2, keepdim=True) + eps)\n",
+                "    c = c / (c.sum(-1, keepdim=True) + eps)\n"
+                "    for _ in range(iterations - 1):\n"
+                "        c = c / (c.sum(-2, keepdim=True) + eps)\n"
+                "        c = c / (c.sum(-1, keepdim=True) + eps)\n",
+                ("test_properties.py::test_sinkhorn_normalises_columns_last",),
+            ),
+            Patch(
+                "comb not transposed",
+                "ops/hyper_connection.py",
+                "comb.transpose(1, 2) @ wide(x)",
+                "comb @ wide(x)",
+                (
+                    FORWARD,
+                    ELSEWHERE,
+                    "test_properties.py::test_comb_leads_from_its_first_index_to_its_second",
+                ),
+            ),
+        ),
+    ),
+    Row(
+        "router quantised, or gate.bias not found by name",
+        (
+            Patch(
+                "router in BF16",
+                "ops/moe.py",
+                "F.softplus(wide(u) @ gate.to(wide(u).dtype).T)",
+                "F.softplus((u.bfloat16() @ gate.bfloat16().T).to(wide(u).dtype))",
+                (FORWARD, ELSEWHERE),
+            ),
+            Patch(
+                "bias of zeros",
+                "model.py",
+                'self.tensor(f"{p}.gate.bias")',
+                'self.tensor(f"{p}.gate.bias") * 0',
+                (FORWARD, ELSEWHERE),
+            ),
+            Patch(
+                "bias moves the weight, too",
+                "ops/moe.py",
+                "return ids.to(torch.int32), _weights(scores, ids, scale)",
+                "return ids.to(torch.int32), _weights(scores + bias, ids, scale)",
+                (FORWARD, ELSEWHERE),
+            ),
+        ),
+    ),
+    Row(
+        "hash layers treated as learned",
+        (
+            Patch(
+                "experts by score",
+                "model.py",
+                "ops[o.route_hash](u, w.gate, w.tid2eid, batch.token_ids, c.routed_scaling_factor)",
+                "ops[o.route](u, w.gate, w.gate[:, 0] * 0, c.num_experts_per_tok, c.routed_scaling_factor)",
+                (FORWARD, ELSEWHERE),
+            ),
+        ),
+    ),
+    Row(
+        "compressor given wrong sequence lengths",
+        (
+            Patch(
+                "room for the blocks of one sequence only",
+                "ops/compressor.py",
+                "batch.num_tokens // ratio + batch.num_sequences)",
+                "batch.num_tokens // ratio + 1)",
+                ("test_incremental.py::test_blocks_of_all_sequences_close_in_one_step[1]",),
+            ),
+            Patch(
+                "blocks reach into the sequence before",
+                "ops/compressor.py",
+                "here = row >= batch.cu_seqlens.long()[seq][:, None]",
+                "here = row >= 0",
+                (MIXED,),
+            ),
+            Patch(
+                "a block closes one token late",
+                "ops/compressor.py",
+                "closes = (batch.positions + 1) % ratio == 0",
+                "closes = (batch.positions % ratio == 0) & (batch.positions > 0)",
+                (FORWARD, ELSEWHERE),
+            ),
+        ),
+    ),
+    Row(
+        "overlap state not kept for all verified tokens",
+        (
+            Patch(
+                "going back restores the window alone",
+                "kv_cache.py",
+                "                tensor[rows.slot] = saved[name]\n",
+                '                tensor[rows.slot] = saved[name] if name == "window" else tensor[rows.slot]\n',
+                (FORK, "test_incremental.py::test_entries_and_fixed_part_move_to_another_cache"),
+            ),
+            Patch(
+                "state holds the open block only",
+                "ops/compressor.py",
+                "    ring_write(state, pair.detach(), batch, length)\n",
+                "    ring_write(state, pair.detach() * (batch.positions % length >= ratio)[:, None, None], batch, length)\n",
+                (DECODE,),
+            ),
+        ),
+    ),
+    Row(
+        "decode cache differs from re-prefill",
+        (
+            Patch(
+                "window ring one slot off in decode",
+                "ops/rows.py",
+                "ring[batch.slots.long(), batch.positions.long() % length] = rows.to(ring.dtype)",
+                "ring[batch.slots.long(), (batch.positions.long() + 1) % length] = rows.to(ring.dtype)",
+                (FORWARD, DECODE),
+            ),
+            Patch(
+                "overlap of an earlier sequence leaks in",
+                "ops/compressor.py",
+                "    exists = (pos >= 0)[..., None]\n",
+                "    exists = (pos >= -length)[..., None]\n",
+                ("test_incremental.py::test_rows_of_an_earlier_sequence_are_never_seen[3]", FORWARD),
+            ),
+        ),
+    ),
+    Row(
+        "MTP fed a collapsed hidden state",
+        (
+            Patch(
+                "mean of the streams",
+                "model.py",
+                "hx = self.ops[o.rms_norm](streams, m.hnorm,",
+                "hx = self.ops[o.rms_norm](streams.mean(1, keepdim=True).expand_as(streams), m.hnorm,",
+                (FORWARD,),
+            ),
+        ),
+    ),
+    Row(
+        "prefill and decode mixed in one call",
+        (
+            Patch(
+                "all sequences start where the first does",
+                "ops/attention.py",
+                "        start = positions[lo]\n",
+                "        start = positions[0]\n",
+                (MIXED,),
+            ),
+            Patch(
+                "rings read in packed order instead of by slot",
+                "ops/attention.py",
+                "history = load_kv(window[batch.slots.long()].flatten(0, 1)",
+                "history = load_kv(window[: batch.num_sequences].flatten(0, 1)",
+                ("test_incremental.py::test_order_of_packing_changes_nothing",),
+            ),
+        ),
+    ),
+    Row(
+        "0731 treated as an MTP model",
+        (
+            Patch(
+                "count of blocks from num_nextn_predict_layers",
+                "config.py",
+                "return 3 if self.is_dspark else self.num_nextn_predict_layers",
+                "return self.num_nextn_predict_layers",
+                ("test_tensors.py",),
+            ),
+        ),
+    ),
+    Row(
+        "compressor state made a participant of the prefix cache, so only multiples of 4096 tokens are reused",
+        (
+            Patch(
+                "reuse in multiples of 4096",
+                "prompting.py",
+                "prefix = min(common_prefix(held.ids, ids), len(ids) - 1)",
+                "prefix = min(common_prefix(held.ids, ids), len(ids) - 1) // 4096 * 4096",
+                ("test_session.py::test_chat_over_a_kept_sequence_equals_fresh",),
+            ),
+        ),
+    ),
+)
