@@ -24,10 +24,10 @@ DECODE_FROM = 130
 DECODE_KEY = f"decode_logits_from_{DECODE_FROM}"
 MAX_ABS_LIMIT = 1e-4
 # exact arithmetic plus the roundings of cache rows and of the indexer: a switch of the references, not a mode
-KV_ROUNDED = replace(EXACT, name="kvquant", q8_kv=True, q4_index=True)
+KV_ROUNDED = replace(EXACT, name="in float32", q8_kv=True, q4_index=True)
 # The golden's own float32 noise reaches the rounding's edge at two window rows (4e-6 and 6e-6 of the value away from a
 # tie), so which side a float32 run takes is chance. In float64 the sides are facts, and they are those of the golden.
-KV_ROUNDED_WIDE = replace(KV_ROUNDED, name="kvquant in float64", float64=True)
+KV_ROUNDED_WIDE = replace(KV_ROUNDED, name="in float64", float64=True)
 
 # Tolerances of one layer in reference numerics, from the BF16 step and before any measurement. Both sides round at the
 # same places, so they differ only where float32 summation order moves a value across a rounding edge. The worst such
