@@ -24,17 +24,9 @@ from v4sdk.errors import CheckpointError
 from v4sdk.headers import INDEX_NAME, SINGLE_NAME
 from v4sdk.quant import ue8m0_value
 from v4sdk.tensors import ITEM_BYTES, TensorSpec, expected_tensors
-from v4sdk.weight_formats import pack_fp4, pack_fp8, round_fp4, round_fp8
+from v4sdk.weight_formats import TORCH_DTYPES, pack_fp4, pack_fp8, round_fp4, round_fp8
 from v4sdk.weights import WeightSource
 
-TORCH_DTYPES = {
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I8": torch.int8,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "I64": torch.int64,
-}
 FloatDtype = Literal["BF16", "F32"]
 
 

@@ -14,6 +14,16 @@ from torch import Tensor
 from v4sdk.errors import ShapeError
 from v4sdk.quant import E2M1_MAX, E4M3_MAX, e2m1_decode, e2m1_encode, fp4_pack, ue8m0_ceil, ue8m0_value
 
+# the dtypes of a checkpoint file, by the names its headers use
+TORCH_DTYPES = {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I8": torch.int8,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "I64": torch.int64,
+}
+
 FP4_GROUP = 32
 # a tile of zeros has no magnitude to fit; its scale is 1
 _ZERO_BYTE = 127
