@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -265,6 +266,30 @@ def test_page_size_changes_nothing(page_tokens: int) -> None:
         + [run.step(prompt(0)[131:])]
     )
     assert close(torch.cat(found), alone(0))
+
+
+@pytest.mark.parametrize("split", [0, 150])
+@pytest.mark.parametrize(
+    ("module", "name", "value"),
+    [
+        ("ops.compressor", "_WORKSPACE_BYTES", 1),
+        ("ops.attention", "_WORKSPACE_BYTES", 1),
+        ("ops.attention", "_MAX_QUERY_BLOCK", 7),
+        ("weights", "DEQUANT_LIMIT_BYTES", 1000),
+    ],
+)
+def test_work_in_blocks_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, module: str, name: str, value: int, split: int
+) -> None:
+    # tiny models fit into one block of everything, released ones do not
+    monkeypatch.setattr(importlib.import_module(f"v4sdk.{module}"), name, value)
+    ids, run = (
+        prompt(1, 300, TINY.vocab_size),
+        Run(released_window(), KVCache(TINY, "float32", page_tokens=128)),
+    )
+    steps = [run.step(ids[:split])] if split else []
+    found = torch.cat([*steps, *([run.step([ids[split]])] if split else []), run.step(ids[run.at :])])
+    assert close(found, whole_of_released_window())
 
 
 def test_entries_and_fixed_part_move_to_another_cache() -> None:

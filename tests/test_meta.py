@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -112,6 +113,23 @@ def test_packed_experts_compute_what_mapped_ones_do(name: str, numerics: Numeric
         # summation order may move a value across a rounding
         kl = F.kl_div(found.log_softmax(-1), want.log_softmax(-1), log_target=True, reduction="batchmean")
         assert float(kl) < 0.02
+
+
+@pytest.mark.parametrize("limit", [1, 1 << 20])
+def test_chosen_experts_are_read_a_few_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    monkeypatch.setattr(importlib.import_module("v4sdk.ops.moe"), "DEQUANT_LIMIT_BYTES", limit)
+    golden = Golden.load(GOLDEN / "tiny-quant")
+    experts = WeightSource(golden.tensors).experts("layers.3.ffn", golden.config.n_routed_experts)
+    u = torch.randn(9, golden.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([[t % 4, (t + 1) % 4] for t in range(9)], dtype=torch.int32)
+    weights = torch.linspace(0.1, 1, 18).view(9, 2)
+    want = o.routed_experts(u, ids, weights, experts, 1.0, EXACT)
+    assert torch.allclose(o.routed_experts(u, ids, weights, packed("", experts), 1.0, EXACT), want, atol=1e-5)
+    # an expert listed twice contributes twice
+    twice = o.routed_experts(u, ids[:, :1].expand(-1, 2), weights, packed("", experts), 1.0, EXACT)
+    assert torch.allclose(
+        twice, o.routed_experts(u, ids[:, :1].expand(-1, 2), weights, experts, 1.0, EXACT), atol=1e-5
+    )
 
 
 def test_the_check_would_notice_a_host_read() -> None:
