@@ -62,12 +62,15 @@ class Weight:
         b0, b1 = self.block
         rows = data.shape[-2]
         scale = self.scale[..., first // b0 : -(-(first + rows) // b0), :]
-        factor = _scale_value(scale).repeat_interleave(b0, -2)[..., first % b0 :, :][..., :rows, :]
+        factor = _scale_value(scale)
+        if b0 > 1:
+            factor = factor.repeat_interleave(b0, -2)[..., first % b0 :, :][..., :rows, :]
         values = fp4_unpack(data) if self.encoding == "fp4" else data.view(torch.float8_e4m3fn).float()
         cols = values.shape[-1]
+        # in place: the values are fresh, and a second copy of a large matrix costs as much as reading it
         if cols % b1 == 0:
-            return (split_last(values, b1) * factor[..., None]).flatten(-2)
-        return values * factor.repeat_interleave(b1, -1)[..., :cols]
+            return split_last(values, b1).mul_(factor[..., None]).flatten(-2)
+        return values.mul_(factor.repeat_interleave(b1, -1)[..., :cols])
 
     def to(self, device: torch.device) -> Weight:
         """The same weight on another device; itself where it already lies there."""
