@@ -267,6 +267,12 @@ def test_an_empty_prompt_is_refused(tiny: Run) -> None:
     assert_one_error(tiny("", "--raw"), "the prompt is empty")
 
 
+def test_an_empty_prompt_file_is_refused(tiny: Run, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    assert_one_error(tiny("-f", str(empty)), "is empty, expected text")
+
+
 def test_an_empty_standard_input_is_refused(tiny: Run) -> None:
     assert_one_error(tiny(), "standard input is empty", 'v4sdk run "..."')
 

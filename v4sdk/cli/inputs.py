@@ -64,13 +64,19 @@ def decode(data: bytes, source: str, replace_invalid: bool) -> str:
 
 
 def read_file(path: Path, replace_invalid: bool) -> str:
-    """Read a text file; `-` is standard input."""
+    """Read a text file; `-` is standard input.
+
+    Raises:
+        PromptError: if it cannot be read, holds nothing, or no valid UTF-8.
+    """
     if str(path) == "-":
         return read_stdin(replace_invalid)
     try:
         data = path.read_bytes()
     except OSError as exc:
         raise PromptError(f"`{path}` cannot be read: {exc.strerror}") from None
+    if not data:
+        raise PromptError(f"`{path}` is empty, expected text")
     return decode(data, f"`{path}`", replace_invalid)
 
 
