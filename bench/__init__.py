@@ -1,0 +1,1 @@
+"""Measurements around v4sdk: the synthetic tasks of the bundled model, their generator, scores and evaluation."""
