@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from v4sdk_bench.tasks import TASKS, Dialogue, held_out, is_right, overlap
+from v4sdk_bench.dialogue import Dialogue
+from v4sdk_bench.tasks import TASKS, held_out, is_right, overlap
 
 TRAIN_DRAWS = 20_000
 GATE = 0.8

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from v4sdk.prompts import Dialect, encode_chat
 from v4sdk.tokenizer import Tokenizer
-from v4sdk_bench.tasks import Dialogue, ask_many, ask_more, generate
+from v4sdk_bench.dialogue import Dialogue
+from v4sdk_bench.generators import ask_many, ask_more
+from v4sdk_bench.tasks import generate
 
 # share of training tokens per task
 MIX: Mapping[str, float] = {
-    "add_sub": 0.12, "look_up": 0.42, "sort_reverse": 0.17, "tool_call": 0.19, "copy": 0.05, "json_answer": 0.05,
+    "add_sub": 0.20, "look_up": 0.30, "sort_reverse": 0.18, "tool_call": 0.18, "copy": 0.07, "json_answer": 0.07,
 }  # fmt: skip
 _CHAT_SHARE = 0.15
 
@@ -80,6 +82,8 @@ class Renderer:
             if point < long:
                 # above 1 the harder form of facts takes part, too
                 difficulty = 1.0 if rng.random() < 0.7 else 1.5
+        elif task == "tool_call" and rng.random() < 0.6:
+            difficulty = 1.5
         dialogue = generate(task, rng, "train", difficulty)
         if task == "look_up" and rng.random() < 0.45:
             dialogue = ask_many(dialogue, rng, 24)
