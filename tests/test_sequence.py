@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,20 @@ def test_snapshots_are_taken_by_interval_and_old_turns_make_room(loaded: Loaded)
         engine.advance([state])
     assert [n for n in (64, 128) if n in state.snapshots] == [64, 128]
     assert len(state.turns) <= KEPT_TURNS
+
+
+def test_frequent_turn_ends_do_not_stand_in_for_the_interval(loaded: Loaded) -> None:
+    engine = _engine(loaded, prefill_chunk=16, snapshot_interval=50)
+    state = _state(engine, [], keeps=True)
+    for first in range(0, 160, 10):
+        state.ids += IDS[first : first + 10]
+        engine.advance([state])
+        engine.remember(state)
+    # turn ends made room for later ones, so going far back still needs a snapshot of its own
+    lasting = sorted(set(state.snapshots) - set(state.turns))
+    assert lasting[0] <= 60
+    assert all(b - a <= 60 for a, b in pairwise(lasting))
+    assert engine.rewind(state, 75) <= 50
 
 
 def test_nobody_holds_it_nothing_is_kept(engine: Engine) -> None:

@@ -182,7 +182,7 @@ class Engine:
         if state.num_cached in state.marks:
             state.marks.discard(state.num_cached)
             self.remember(state)
-        elif state.num_cached - state.nearest(state.num_cached) >= self.snapshot_interval:
+        elif state.num_cached - state.nearest_lasting(state.num_cached) >= self.snapshot_interval:
             self.remember(state, turn=False)
 
     def first_tokens(

@@ -54,6 +54,10 @@ class SequenceState:
         """The last snapshot at or before `position`; 0 is the empty sequence."""
         return max((at for at in self.snapshots if at <= position), default=0)
 
+    def nearest_lasting(self, position: int) -> int:
+        """The last snapshot at or before `position` that does not make room as a turn end does."""
+        return max((at for at in self.snapshots if at <= position and at not in self.turns), default=0)
+
     def forget(self, position: int) -> None:
         """Drop snapshots behind `position`."""
         for at in [at for at in self.snapshots if at > position]:
