@@ -319,6 +319,7 @@ def test_logits(session: Session) -> None:
     whole = session.logits(ids)
     assert (tuple(whole.shape), whole.dtype) == ((80, session.config.vocab_size), torch.float32)
     picked = session.logits(ids, [-1, 3, 3])
+    assert not picked.is_inference()
     torch.testing.assert_close(picked, whole[[79, 3, 3]], atol=1e-4, rtol=0)
     top = session.generate(ids, SamplingParams(temperature=0, max_tokens=1, top_logprobs=3)).logprobs[0]
     expected = torch.log_softmax(whole[-1], -1).sort(descending=True)
@@ -327,6 +328,9 @@ def test_logits(session: Session) -> None:
         session.logits(ids, limit_bytes=1000)
     with pytest.raises(StateError, match="position 80"):
         session.logits(ids, [80])
+    with pytest.raises(StateError, match=r"position 1\.5"):
+        session.logits(ids, [1.5])  # type: ignore[list-item]
+    assert session.logits(ids, []).shape == (0, session.config.vocab_size)
 
 
 @pytest.mark.parametrize(
@@ -493,6 +497,24 @@ def test_cancel_during_decode_ends_the_answer(session: Session) -> None:
         assert answered + more.ids == whole.ids
 
 
+def test_cancel_while_a_later_prompt_is_read_keeps_what_was_answered(chat_folder: Path) -> None:
+    reports = list[Progress]()
+    with Session.load(chat_folder, backend="cpu", numerics="exact", max_batch=1) as narrow:
+
+        def on_progress(report: Progress) -> None:
+            reports.extend([report] if report.kind == "prefill" else [])
+            if len(reports) == 2:
+                narrow.cancel()
+
+        narrow.on_progress = on_progress
+        long = [(i * 31) % 1200 + 20 for i in range(1500)]
+        results = narrow.generate([[5, 6], long, [7]], GREEDY)
+        assert [r.finish_reason for r in results] == ["length", "cancelled", "cancelled"]
+        assert [len(r.ids) for r in results] == [6, 0, 0]
+        narrow.on_progress = lambda report: None
+        assert narrow.generate([5, 6], GREEDY).ids == results[0].ids
+
+
 def test_cancel_when_nothing_runs_changes_nothing(session: Session) -> None:
     session.cancel()
     assert session.generate([5], GREEDY).finish_reason == "length"
@@ -572,6 +594,27 @@ def test_sequence_in_use_or_foreign_is_refused(session: Session, chat_folder: Pa
             other.generate([1], GREEDY, sequence)
     with pytest.raises(StateError, match="is closed"):
         session.generate([1], GREEDY, sequence)
+
+
+def test_finished_stream_that_is_dropped_late_frees_nobody_elses_sequence(session: Session) -> None:
+    with session.sequence() as sequence:
+        first = session.stream([5, 6], GREEDY, sequence)
+        while next(first).finish_reason is None:
+            pass
+        second = session.stream([7], GREEDY, sequence)
+        next(second)
+        first.close()
+        with pytest.raises(StateError, match="already generating"):
+            session.generate([8], GREEDY, sequence)
+        second.close()
+
+
+def test_stream_may_be_closed_after_its_session(chat_folder: Path) -> None:
+    with Session.load(chat_folder, backend="cpu", numerics="exact") as brief:
+        stream = brief.stream([5, 6], GREEDY)
+        next(stream)
+    stream.close()
+    assert list(stream) == []
 
 
 def test_forgotten_sequences_give_their_memory_back(session: Session) -> None:

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from v4sdk.decode import Constraint, DecodeStep, Sampler, TokenLogprob
 from v4sdk.engine import Engine, OnChunk
 from v4sdk.errors import Cancelled
@@ -39,6 +41,7 @@ class Request:
     started_s: float = field(default_factory=time.perf_counter)
     first_token_s: float = 0.0
     running: SequenceState | None = None
+    released: bool = False
 
     @property
     def state(self) -> SequenceState:
@@ -71,7 +74,7 @@ class Scheduler:
         """What the next token of some request completed; None when all have finished.
 
         Raises:
-            Cancelled: during prefill, when nothing has been answered yet. The sequences stand at their last chunk.
+            Cancelled: while prompts are read and no request has a token yet. The sequence stands at its last chunk.
         """
         return next(self._events, None)
 
@@ -80,7 +83,15 @@ class Scheduler:
             step: DecodeStep | None = None
             while self._waiting or self._running:
                 if self._waiting and len(self._running) < self._max_batch:
-                    yield from self._admit()
+                    try:
+                        admitted, logits = self._admit()
+                    except Cancelled:
+                        if not any(r.first_token_s for r in self._all):
+                            raise
+                        # what others have answered is not lost with the prompts that were being read
+                        yield from self._stop_all()
+                        return
+                    yield from self._begin(admitted, logits)
                     step = None
                     continue
                 if self._cancelled():
@@ -108,9 +119,9 @@ class Scheduler:
             self._release(request)
         self._waiting, self._running = [], []
 
-    def _admit(self) -> Iterator[tuple[Request, list[Piece]]]:
-        room = self._max_batch - len(self._running)
-        new, self._waiting = self._waiting[:room], self._waiting[room:]
+    def _admit(self) -> tuple[list[Request], Tensor]:
+        """Read the prompts of as many requests as there is room for: those, and logits [n, V] after their last tokens."""
+        new = self._waiting[: self._max_batch - len(self._running)]
         for request in new:
             request.running = request.held or self._fresh_state(request)
         states = [r.state for r in new]
@@ -121,8 +132,12 @@ class Scheduler:
             for state in states:
                 del state.ids[state.num_cached :]
             raise
+        self._waiting = self._waiting[len(new) :]
+        return new, logits
+
+    def _begin(self, new: list[Request], logits: Tensor) -> Iterator[tuple[Request, list[Piece]]]:
         now = time.perf_counter()
-        tokens = self._engine.first_tokens(self._sampler(new), states, logits)
+        tokens = self._engine.first_tokens(self._sampler(new), [r.state for r in new], logits)
         for request in new:
             request.first_token_s = now
         self._running += new
@@ -164,6 +179,10 @@ class Scheduler:
         return pieces
 
     def _release(self, request: Request) -> None:
+        # once: a held sequence may be in another answer's use by the time this scheduler is closed
+        if request.released:
+            return
+        request.released = True
         if request.held is not None:
             request.held.in_use = False
         elif request.running is not None:

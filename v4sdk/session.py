@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Unpack, overload
 
+import torch
 from torch import Tensor
 
 from v4sdk import loading, prompting, state
@@ -319,16 +320,18 @@ class Session:
         with self._turn() as engine:
             tokens = prompting.checked_ids(self.loaded, ids, self._context_limit)
             chosen = range(len(tokens)) if positions is None else positions
-            rows = [p + len(tokens) if p < 0 else p for p in chosen]
-            bad = [p for p in rows if not 0 <= p < len(tokens)]
+            bad = [p for p in chosen if p not in range(-len(tokens), len(tokens))]
             if bad:
                 raise StateError(f"position {bad[0]} is outside the prompt, expected 0 to {len(tokens) - 1}")
+            rows = [int(p) % len(tokens) for p in chosen]
             size = 4 * len(rows) * self.config.vocab_size
             if size > limit_bytes:
                 raise MemoryRefused(
                     f"logits of {len(rows):,} positions take {size:,} bytes, expected at most {limit_bytes:,}",
                     hint="ask for fewer positions, or raise limit_bytes",
                 )
+            if not rows:
+                return torch.empty(0, self.config.vocab_size)
             held = engine.new_state()
             try:
                 held.ids = tokens
@@ -340,15 +343,15 @@ class Session:
                     self._on_chunk,
                     lambda _, a, b: [p for p in range(a, b) if p in at],
                 )
-                return found[[at[p] for p in rows]].clone()
+                return found[[at[p] for p in rows]]
             finally:
                 engine.free(held)
 
     def cancel(self) -> None:
         """Stop what is running now; may be called from any thread, does not wait.
 
-        While a prompt is read, the call raises `Cancelled` and its sequence stands at the last completed chunk. While an
-        answer is generated, it ends with finish reason `cancelled`.
+        While a prompt is read, the call raises `Cancelled` and its sequence stands at the last completed chunk. Once an
+        answer has begun, it ends with finish reason `cancelled`, and so do all that wait in the same list.
         """
         self._cancellations += 1
 

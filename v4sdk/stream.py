@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from types import TracebackType
 
 from v4sdk.engine import Engine
+from v4sdk.errors import StateError
 from v4sdk.output import Piece
 from v4sdk.scheduler import Scheduler
 
@@ -44,7 +45,8 @@ class Stream(Iterator[Piece]):
         if self._open:
             self._open = False
             self._ready.clear()
-            with self._turn():
+            # closing the session has closed it already
+            with suppress(StateError), self._turn():
                 self._scheduler.close()
 
     def __enter__(self) -> Stream:
