@@ -20,17 +20,9 @@ from v4sdk.numerics import EXACT
 from v4sdk.ops.op import REFERENCES
 from v4sdk.prompts import Dialect, encode_chat
 from v4sdk.tokenizer import Tokenizer
-from v4sdk_bench.tasks import (
-    TASKS,
-    TOOLS,
-    ask_many,
-    ask_more,
-    generate,
-    held_out,
-    is_right,
-    overlap,
-    split_of,
-)
+from v4sdk_bench.dialogue import split_of
+from v4sdk_bench.generators import TOOLS, ask_many, ask_more
+from v4sdk_bench.tasks import TASKS, generate, held_out, is_right, overlap
 from v4sdk_bench.words import CITIES, NAMES, THINGS
 
 ROOT = Path(__file__).parents[1]
