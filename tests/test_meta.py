@@ -24,7 +24,7 @@ from v4sdk.ops.compressor import index_scores
 from v4sdk.ops.op import OpTable
 from v4sdk.ops.rows import load_index
 from v4sdk.tensors import expected_tensors
-from v4sdk.weights import ExpertWeights, WeightSource, stack
+from v4sdk.weights import ExpertWeights, Weight, WeightSource, stack
 from v4sdk_bench.golden import KV_ROUNDED, Golden
 from v4sdk_bench.tiny import TINY, draw
 
@@ -130,6 +130,31 @@ def test_chosen_experts_are_read_a_few_tokens_at_a_time(monkeypatch: pytest.Monk
     assert torch.allclose(
         twice, o.routed_experts(u, ids[:, :1].expand(-1, 2), weights, experts, 1.0, EXACT), atol=1e-5
     )
+
+
+def test_no_more_than_the_limit_of_chosen_experts_is_dequantised(monkeypatch: pytest.MonkeyPatch) -> None:
+    golden = Golden.load(GOLDEN / "tiny-quant")
+    experts = WeightSource(golden.tensors).experts("layers.3.ffn", golden.config.n_routed_experts)
+    u = torch.randn(3, golden.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    ids, weights = torch.tensor([[0, 1], [2, 3], [1, 2]]), torch.full((3, 2), 0.5)
+    want = o.routed_experts(u, ids, weights, experts, 1.0, EXACT)
+    # one row of the widest matrix, for both choices of a token
+    limit = 2 * 4 * max(golden.config.hidden_size, golden.config.moe_intermediate_size)
+    for module in ("weights", "ops.moe"):
+        monkeypatch.setattr(importlib.import_module(f"v4sdk.{module}"), "DEQUANT_LIMIT_BYTES", limit)
+    sizes, whole = list[int](), Weight.dequantize
+
+    def noted(self: Weight, first: int = 0, last: int | None = None) -> Tensor:
+        values = whole(self, first, last)
+        sizes.append(values.nbytes)
+        return values
+
+    monkeypatch.setattr(Weight, "dequantize", noted)
+    stacks = packed("", experts)
+    assert torch.allclose(
+        o.routed_experts(u, ids, weights, replace(stacks, w1=(), w2=(), w3=()), 1.0, EXACT), want, atol=1e-5
+    )
+    assert 0 < max(sizes) <= limit
 
 
 def test_the_check_would_notice_a_host_read() -> None:

@@ -79,7 +79,8 @@ class Weight:
 
     def row_blocks(self, first: int = 0, last: int | None = None) -> Iterator[tuple[int, int]]:
         """Yield (first, last) ranges within rows first..last whose float32 copies stay under `DEQUANT_LIMIT_BYTES`."""
-        step = max(1, DEQUANT_LIMIT_BYTES // (4 * max(1, self.in_features)))
+        # a stack reads the same rows of each of its matrices
+        step = max(1, DEQUANT_LIMIT_BYTES // (4 * max(1, self.in_features * self.data.shape[:-2].numel())))
         step = max(self.block[0], step // self.block[0] * self.block[0])
         end = self.out_features if last is None else last
         for at in range(first, end, step):

@@ -114,7 +114,11 @@ def _expert_by_expert(
 
 def _each(rows: Tensor, chosen: Weight) -> Tensor:
     """Rows [T, K or 1, 1, in] times the matrix of each choice [T, K, out, in]: [T, K, out]."""
-    return (rows @ chosen.dequantize().to(rows.dtype).transpose(-1, -2))[:, :, 0]
+    parts = [
+        (rows @ chosen.dequantize(i, j).to(rows.dtype).transpose(-1, -2))[:, :, 0]
+        for i, j in chosen.row_blocks()
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def _chosen_on_device(
