@@ -118,6 +118,14 @@ def test_damaged_files_are_refused(golden: Path, saved: Path, tmp_path: Path) ->
         assert "without a v4sdk state" in _refused(session, tmp_path / "plain")
         assert "version 99" in _refused(session, written("version", tensors, version=99))
         assert "damaged header" in _refused(session, written("field", tensors, surprise=1))
+        for field, value in (
+            ("num_cached", "40"), ("seed", -1), ("stream", 1 << 64), ("numerics", "exact"), ("model", 3),
+            ("snapshots", [99]), ("turns", 5),
+        ):  # fmt: skip
+            path = written(f"bad-{field}", tensors, **{field: value})
+            assert f"`{field}` is {value!r}" in _refused(session, path)
+        floats = tensors | {"tokens": tensors["tokens"].float()}
+        assert "`tokens` is torch.float32" in _refused(session, written("floats", floats))
         assert "`layers.1.entries` is None" in _refused(session, written("tensor", without))
         assert "tokens for 999" in _refused(session, written("count", tensors, num_cached=999))
         short = tensors | {"layers.1.entries": tensors["layers.1.entries"][:-1].clone()}

@@ -114,11 +114,33 @@ def read_header(path: str | Path) -> StateHeader:
         header = StateHeader(**raw)
     except (ValueError, TypeError, KeyError) as exc:
         raise StateError(f"state file `{path}` has a damaged header: {exc}") from None
-    if header.kv_format not in KV_FORMATS or header.num_cached < 0:
-        raise StateError(
-            f"state file `{path}` has a damaged header: {header.kv_format!r}, {header.num_cached}"
-        )
+    wrong = _wrong_field(header)
+    if wrong:
+        raise StateError(f"state file `{path}` has a damaged header: `{wrong}` is {getattr(header, wrong)!r}")
     return header
+
+
+def _wrong_field(header: StateHeader) -> str | None:
+    """The first field that no state file of this version can hold."""
+    h = header
+
+    def counts(value: object, least: int, most: int) -> bool:
+        return type(value) is int and least <= value <= most
+
+    def positions(values: object) -> bool:
+        return isinstance(values, list) and all(counts(v, 1, h.num_cached) for v in values)
+
+    right = {
+        "model": isinstance(h.model, str),
+        "backend": isinstance(h.backend, str),
+        "numerics": isinstance(h.numerics, dict),
+        "kv_format": h.kv_format in KV_FORMATS,
+        "num_cached": counts(h.num_cached, 0, 1 << 62),
+        "seed": h.seed is None or counts(h.seed, 0, (1 << 63) - 1),
+        "stream": counts(h.stream, 0, (1 << 63) - 1),
+    }
+    wrong = next((name for name, ok in right.items() if not ok), None)
+    return wrong or next((n for n in ("snapshots", "turns") if not positions(getattr(h, n))), None)
 
 
 def read_state(path: str | Path, header: StateHeader, cache: KVCache) -> SequenceState:
@@ -133,7 +155,12 @@ def read_state(path: str | Path, header: StateHeader, cache: KVCache) -> Sequenc
             found = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as exc:
         raise StateError(f"state file `{path}` cannot be read: {exc}") from None
-    ids = [int(i) for i in found.pop("tokens", torch.empty(0)).tolist()]
+    tokens = found.pop("tokens", torch.empty(0))
+    if tokens.dim() != 1 or tokens.dtype != torch.int64:
+        raise StateError(
+            f"state file `{path}`: tensor `tokens` is {tokens.dtype} {list(tokens.shape)}, expected torch.int64 [n]"
+        )
+    ids = tokens.tolist()
     bad = [i for i in ids if not 0 <= i < cache.config.vocab_size]
     if len(ids) < header.num_cached or bad:
         raise StateError(
