@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from v4sdk.config import ModelConfig
 from v4sdk.config_file import config_dict
 from v4sdk.convert import unquantised, write_checkpoint
 from v4sdk.errors import CheckpointError, ConfigError
@@ -132,3 +133,20 @@ def test_v41_is_recognised_and_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["DeepseekV41ForCausalLM"]}')
     with pytest.raises(ConfigError, match=r"V4\.1.*recognised"):
         describe(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("hidden_size", float("inf"), "`hidden_size` is inf, expected a finite int"),
+        ("hidden_size", 4096.0, "`hidden_size` is 4096.0, expected a finite int"),
+        ("rms_norm_eps", float("nan"), "`rms_norm_eps` is nan, expected a finite float"),
+        ("compress_ratios", 4, "`compress_ratios` is 4, expected a JSON array"),
+        ("rope_scaling", "yarn", "`rope_scaling` is 'yarn', expected a JSON object"),
+        ("quantization_config", [1], "expected a JSON object"),
+    ],
+)
+def test_values_of_another_kind_are_named(name: str, value: object, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig.from_dict(config_dict(TINY) | {name: value})
+    assert words in caught.value.message

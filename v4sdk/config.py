@@ -143,6 +143,9 @@ class ModelConfig:
                 raise ConfigError(
                     f"`{name}` is {raw[name]!r}, expected {only!r}, the only form V4 was released in"
                 )
+        for name, (wanted, described) in _NESTED.items():
+            if raw.get(name) and not isinstance(raw[name], wanted):
+                raise ConfigError(f"`{name}` is {raw[name]!r}, expected {described}")
         scaling = raw.get("rope_scaling") or {}
         quant = raw.get("quantization_config")
         values: dict[str, Any] = {
@@ -173,8 +176,8 @@ class ModelConfig:
         for f in fields(self):
             value = getattr(self, f.name)
             if f.type in ("int", "float"):
-                bad_type = isinstance(value, bool) or not isinstance(value, (int, float))
-                if bad_type or (f.type == "int" and value != int(value)) or not math.isfinite(value):
+                wanted = int if f.type == "int" else (int, float)
+                if isinstance(value, bool) or not isinstance(value, wanted) or not math.isfinite(value):
                     raise ConfigError(f"`{f.name}` is {value!r}, expected a finite {f.type}")
         for name in _POSITIVE:
             if getattr(self, name) <= 0:
@@ -277,6 +280,15 @@ _POSITIVE = (
     "max_position_embeddings swiglu_limit"
 ).split()
 
+
+# fields that hold more than one value
+_OBJECT, _ARRAY = (Mapping, "a JSON object"), ((list, tuple), "a JSON array")
+_NESTED: dict[str, tuple[Any, str]] = {
+    "rope_scaling": _OBJECT,
+    "quantization_config": _OBJECT,
+    "compress_ratios": _ARRAY,
+    "dspark_target_layer_ids": _ARRAY,
+}
 
 # fields that choose between forms; V4 has one of each
 _ONLY: dict[str, object] = {
