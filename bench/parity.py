@@ -27,7 +27,6 @@ from v4sdk.numerics import EXACT, Numerics
 from v4sdk_bench import golden as g
 
 EVIDENCE = "reference"
-_REPOSITORY = Path(__file__).resolve().parent.parent
 _LAYER_PARTS = ("attn_out", "ffn_out", "streams_after_layer", "route_weights")
 _PACKAGES = ("v4sdk", "torch", "transformers", "safetensors", "numpy")
 
@@ -207,9 +206,7 @@ def processor() -> str:
 def main() -> int:
     """Print the table; 0 if every line that ran is within its limit."""
     parser = argparse.ArgumentParser(prog="python -m v4sdk_bench.parity", description=__doc__)
-    parser.add_argument(
-        "--golden", type=Path, default=_REPOSITORY / "tests" / "golden", help="folder of the goldens"
-    )
+    parser.add_argument("--golden", type=Path, default=Path("tests/golden"), help="folder of the goldens")
     parser.add_argument(
         "--model", type=Path, default=None, help="folder of the bundled model (default: the installed one)"
     )

@@ -52,7 +52,8 @@ def test_a_line_over_its_limit_makes_the_command_fail(
 ) -> None:
     wrong = {"quant": lambda: iter([parity.Line("planted", 1.0, 0.5)])}
     monkeypatch.setattr(parity, "sections", lambda folder, model: wrong)
-    monkeypatch.setattr(sys, "argv", ["parity"])
+    goldens = Path(__file__).parent / "golden"
+    monkeypatch.setattr(sys, "argv", ["parity", "--golden", str(goldens)])
     assert parity.main() == 1
     assert "FAIL" in capsys.readouterr().out
 
