@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from v4sdk import ops, plugins
-from v4sdk.backend import Backend, Kernel, kernel
+from v4sdk.backend import Backend, EngineConfig, Kernel, bind, kernel
 from v4sdk.config import ModelConfig
 from v4sdk.errors import KernelMismatch
 from v4sdk.testing import Report, assert_close, compare, poisoned_memory, run_conformance
@@ -180,6 +180,20 @@ def test_an_old_api_version_is_refused() -> None:
     backend.api = 0
     with pytest.raises(KernelMismatch, match="written for backend API 0"):
         run_conformance(backend, CONFIG, ops=["rms_norm"])
+
+
+def test_a_table_that_cannot_be_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Planted) -> list[Kernel[Any, Any]]:
+        raise ImportError("libnothing.so: cannot open shared object file")
+
+    monkeypatch.setattr(Planted, "kernels", broken)
+    with pytest.raises(KernelMismatch, match="cannot list its kernels: ImportError: libnothing"):
+        bind(Planted(), CONFIG, EngineConfig())
+    monkeypatch.setattr(Planted, "kernels", lambda self: [right_norm])
+    with pytest.raises(
+        KernelMismatch, match=r"lists a function, expected kernels of ops in `v4sdk\.ops\.OPS`"
+    ):
+        bind(Planted(), CONFIG, EngineConfig())
 
 
 def test_known_gaps_are_reported_and_an_unexpected_pass_fails() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from v4sdk.config import ModelConfig
-from v4sdk.errors import KernelMismatch
+from v4sdk.errors import KernelMismatch, V4Error
 from v4sdk.numerics import FAST, KVFormat, Numerics
 from v4sdk.ops import OPS
 from v4sdk.ops.op import Op, OpTable, copy_out
@@ -181,8 +181,8 @@ def bind(backend: Backend, config: ModelConfig, engine: EngineConfig, strict: bo
     else the reference runs on the device's tensors.
 
     Raises:
-        KernelMismatch: a kernel's signature differs from its op's, an op has two kernels, the plugin was written for
-            another API version, or `strict` and an op has no kernel.
+        KernelMismatch: the table cannot be read, a kernel's signature differs from its op's, an op has two kernels, the
+            plugin was written for another API version, or `strict` and an op has no kernel.
     """
     if backend.api != API_VERSION:
         raise KernelMismatch(
@@ -190,7 +190,7 @@ def bind(backend: Backend, config: ModelConfig, engine: EngineConfig, strict: bo
             hint="install a version of the plugin that matches, or another v4sdk",
         )
     kernels: dict[str, Kernel[Any, Any]] = {}
-    for row in backend.kernels():
+    for row in _rows(backend):
         _check_signature(backend.name, row)
         if row.op.name in kernels:
             raise KernelMismatch(
@@ -219,6 +219,26 @@ def bind(backend: Backend, config: ModelConfig, engine: EngineConfig, strict: bo
             hint="leave out --strict to run their references",
         )
     return binding
+
+
+def _rows(backend: Backend) -> list[Kernel[Any, Any]]:
+    rows: list[Any]
+    try:
+        rows = list(backend.kernels())
+    except V4Error:
+        raise
+    except Exception as exc:  # a plugin's imports run here, whatever they do
+        raise KernelMismatch(
+            f"backend `{backend.name}` cannot list its kernels: {type(exc).__name__}: {exc}",
+            hint="run `v4sdk doctor`, or choose another backend with --backend",
+        ) from exc
+    for row in rows:
+        if not isinstance(row, Kernel) or row.op.name not in OPS:
+            listed = f"op `{row.op.name}`" if isinstance(row, Kernel) else f"a {type(row).__name__}"
+            raise KernelMismatch(
+                f"backend `{backend.name}` lists {listed}, expected kernels of ops in `v4sdk.ops.OPS`"
+            )
+    return rows
 
 
 def _declined(row: Kernel[Any, Any], config: ModelConfig, engine: EngineConfig) -> str | None:
