@@ -422,6 +422,14 @@ def test_options_are_checked_while_loading(chat_folder: Path, tmp_path: Path) ->
         shutil.copy(chat_folder / name, tmp_path / name)
     with pytest.raises(ConfigError, match="`default_mode`"):
         Session.load(tmp_path, backend="cpu", numerics="exact")
+    (tmp_path / "v4sdk.json").unlink()
+    for text, words in (
+        ('{"eos_token_id": "x"}', "`eos_token_id` is 'x'"),
+        ('{"temperature": 5}', "`temperature` is 5"),
+    ):
+        (tmp_path / "generation_config.json").write_text(text)
+        with pytest.raises(ConfigError, match=f"generation_config.json`: {words}"):
+            Session.load(tmp_path, backend="cpu", numerics="exact")
 
 
 def test_prompt_beyond_the_trained_length_gives_one_notice(chat_folder: Path) -> None:

@@ -218,6 +218,10 @@ class ModelConfig:
                 "num_hash_layers",
                 f"0 to {self.num_hidden_layers}",
             ),
+            (self.rope_beta_fast > 0, "rope_beta_fast", "a positive number"),
+            (self.rope_beta_slow > 0, "rope_beta_slow", "a positive number"),
+            (self.rope_theta > 1, "rope_theta", "more than 1"),
+            (self.compress_rope_theta > 1, "compress_rope_theta", "more than 1"),
             (self.expert_dtype in (None, "fp4", "fp8", "bf16"), "expert_dtype", "`fp4` or `fp8`"),
         ]
         if _CSA_RATIO in self.compress_ratios:
@@ -318,6 +322,8 @@ def _quantization(quant: Mapping[str, Any]) -> QuantizationConfig:
 
 def _check_architecture(raw: Mapping[str, Any]) -> None:
     found = raw.get("architectures") or []
+    if not isinstance(found, (list, tuple)):
+        raise ConfigError(f"`architectures` is {found!r}, expected a JSON array")
     model_type = raw.get("model_type")
     if "DeepseekV41ForCausalLM" in found or model_type == "deepseek_v41":
         raise ConfigError(

@@ -17,7 +17,7 @@ from v4sdk import hub, plugins
 from v4sdk.backend import Backend, Binding, EngineConfig, bind
 from v4sdk.checkpoint import Checkpoint
 from v4sdk.config import ModelConfig
-from v4sdk.errors import CheckpointError, ConfigError
+from v4sdk.errors import CheckpointError, ConfigError, SamplingError
 from v4sdk.kv_cache import KVCache
 from v4sdk.memory import FreeMemory, plan_memory
 from v4sdk.model import Binder, V4Model
@@ -99,7 +99,7 @@ def read_settings(folder: Path, config: ModelConfig) -> FolderSettings:
     """Read `generation_config.json` and `v4sdk.json`; both may be absent.
 
     Raises:
-        ConfigError: if one of them is not readable, or states an unknown mode.
+        ConfigError: if one of them is not readable, states an unknown mode, or a value outside its range.
     """
     generation, own = _read_json(folder / "generation_config.json"), _read_json(folder / "v4sdk.json")
     mode, trained = own.get("default_mode", "thinking"), own.get("trained_context")
@@ -107,8 +107,12 @@ def read_settings(folder: Path, config: ModelConfig) -> FolderSettings:
         raise ConfigError(f"`default_mode` in `v4sdk.json` is {mode!r}, expected `thinking` or `chat`")
     if trained is not None and (type(trained) is not int or trained < 1):
         raise ConfigError(f"`trained_context` in `v4sdk.json` is {trained!r}, expected a positive integer")
-    ends = frozenset((config.eos_token_id, *eos_from_generation_config(generation)))
-    return FolderSettings(params_from_generation_config(generation), ends, mode == "thinking", trained, own)
+    try:
+        sampling, ends = params_from_generation_config(generation), eos_from_generation_config(generation)
+    except SamplingError as exc:
+        raise ConfigError(f"`{folder / 'generation_config.json'}`: {exc.message}") from None
+    end_ids = frozenset((config.eos_token_id, *ends))
+    return FolderSettings(sampling, end_ids, mode == "thinking", trained, own)
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:

@@ -105,9 +105,16 @@ def params_from_generation_config(raw: Mapping[str, Any]) -> SamplingParams:
 
 
 def eos_from_generation_config(raw: Mapping[str, Any]) -> tuple[int, ...]:
-    """End tokens a `generation_config.json` names: one id, a list, or none."""
+    """End tokens a `generation_config.json` names: one id, a list, or none.
+
+    Raises:
+        SamplingError: if it names something else.
+    """
     eos = raw.get("eos_token_id")
-    return _checked_ids(() if eos is None else [eos] if isinstance(eos, int) else eos)
+    ids = [] if eos is None else [eos] if isinstance(eos, int) else eos
+    if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
+        raise SamplingError(f"`eos_token_id` is {eos!r}, expected a token id or several")
+    return tuple(ids)
 
 
 def draw_seed() -> int:
