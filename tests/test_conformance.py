@@ -196,6 +196,18 @@ def test_a_table_that_cannot_be_read_is_refused(monkeypatch: pytest.MonkeyPatch)
         bind(Planted(), CONFIG, EngineConfig())
 
 
+def test_ties_that_go_to_the_highest_id_are_caught() -> None:
+    def route(
+        u: Tensor, gate: Tensor, bias: Tensor, num_experts_per_tok: int, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        ids, weights = ops.route(u, gate.flip(0), bias.flip(0), num_experts_per_tok, scale)
+        return gate.shape[0] - 1 - ids, weights
+
+    report = judge(kernel(ops.route, route), only="route")
+    failed = {row.case for row in report.results if row.status == "failed"}
+    assert failed == {"ties-tiny-decode-exact", "ties-tiny-chunk-exact"}
+
+
 def test_known_gaps_are_reported_and_an_unexpected_pass_fails() -> None:
     failing = [row.case for row in judge(kernel(ops.rms_norm, _biased)).results if row.status == "failed"]
     gaps = {f"rms_norm/{case}": "a bias we know of" for case in failing}

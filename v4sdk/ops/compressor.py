@@ -150,7 +150,10 @@ def index_scores(q: Tensor, w: Tensor, keys: Tensor, numerics: Numerics) -> Tens
 
 
 @op(
-    sensitivity="selection", inputs=inputs.cases(inputs.index_topk), tolerances=ROUNDING, cost=cost.index_topk
+    sensitivity="selection",
+    inputs=inputs.edges(inputs.cases(inputs.index_topk), ties=inputs.index_ties),
+    tolerances=ROUNDING,
+    cost=cost.index_topk,
 )
 def index_topk(
     q: Tensor, w: Tensor, keys: Tensor, batch: Batch, topk: int, ratio: int, numerics: Numerics

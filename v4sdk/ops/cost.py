@@ -35,15 +35,15 @@ def embed(token_ids: Tensor, weight: Tensor, hc_mult: int, numerics: Numerics) -
     return Cost(t * (n * weight.itemsize + 8), t * hc_mult * n * _act(numerics), 0)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: object) -> Cost:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Cost:
     """Read and write once."""
-    return Cost(x.nbytes + weight.nbytes, x.nbytes, 0)
+    return Cost(x.nbytes + weight.nbytes, x.numel() * dtype.itemsize, 0)
 
 
-def linear(x: Tensor, weight: Weight, numerics: Numerics, dtype: object) -> Cost:
+def linear(x: Tensor, weight: Weight, numerics: Numerics, dtype: torch.dtype) -> Cost:
     """One product."""
     t = x.shape[0]
-    return Cost(x.nbytes + weight.nbytes, t * weight.out_features * x.itemsize, 2 * t * _macs(weight))
+    return Cost(x.nbytes + weight.nbytes, t * weight.out_features * dtype.itemsize, 2 * t * _macs(weight))
 
 
 def logits(h: Tensor, head: Weight) -> Cost:

@@ -457,3 +457,37 @@ def variants(**makers: Make) -> Callable[[], Iterator[Case]]:
                 yield replace(case, label=f"{name}-{case.label}")
 
     return generate
+
+
+def edges(usual: Callable[[], Iterator[Case]], **makers: Make) -> Callable[[], Iterator[Case]]:
+    """The usual cases, then one per maker for an edge rule of the op."""
+
+    def generate() -> Iterator[Case]:
+        yield from usual()
+        for name, make in makers.items():
+            for layout in (DECODE, CHUNK):
+                case = _case(make, TINY, EXACT, layout, "edge")
+                yield replace(case, label=f"{name}-{case.label}")
+
+    return generate
+
+
+def route_ties(draw: Draw, g: Geometry, n: Numerics, layout: Layout) -> dict[str, Any]:
+    """Arguments of `route` under which all experts score alike: the lowest ids win."""
+    arguments = route(draw, g, n, layout)
+    return arguments | {
+        "gate": torch.zeros_like(arguments["gate"]),
+        "bias": torch.zeros_like(arguments["bias"]),
+    }
+
+
+def index_ties(draw: Draw, g: Geometry, n: Numerics, layout: Layout) -> dict[str, Any]:
+    """Arguments of `index_topk` under which all entries score alike: the lowest numbers win."""
+    arguments = index_topk(draw, g, n, layout)
+    return arguments | {"w": torch.zeros_like(arguments["w"])}
+
+
+def same_expert_twice(draw: Draw, g: Geometry, n: Numerics, layout: Layout) -> dict[str, Any]:
+    """Arguments of `routed_experts` that list one expert in every place of a token."""
+    arguments = routed_experts(packed=True)(draw, g, n, layout)
+    return arguments | {"ids": arguments["ids"][:, :1].expand(-1, g.chosen).contiguous()}

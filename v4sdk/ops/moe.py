@@ -24,7 +24,12 @@ def _weights(scores: Tensor, ids: Tensor, scale: float) -> Tensor:
     return w / w.sum(-1, keepdim=True) * scale
 
 
-@op(sensitivity="selection", inputs=inputs.cases(inputs.route), tolerances=ROUNDING, cost=cost.route)
+@op(
+    sensitivity="selection",
+    inputs=inputs.edges(inputs.cases(inputs.route), ties=inputs.route_ties),
+    tolerances=ROUNDING,
+    cost=cost.route,
+)
 def route(
     u: Tensor, gate: Tensor, bias: Tensor, num_experts_per_tok: int, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -66,7 +71,10 @@ def _gated(g: Tensor, v: Tensor, limit: float) -> Tensor:
 
 
 @op(
-    inputs=inputs.variants(mapped=inputs.routed_experts(False), packed=inputs.routed_experts(True)),
+    inputs=inputs.edges(
+        inputs.variants(mapped=inputs.routed_experts(False), packed=inputs.routed_experts(True)),
+        twice=inputs.same_expert_twice,
+    ),
     tolerances=ROUNDING,
     cost=cost.routed_experts,
 )
