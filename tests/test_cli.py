@@ -259,6 +259,16 @@ def test_an_unknown_command_exits_2(v4sdk: Run) -> None:
     assert v4sdk("runn").status == 2
 
 
+def test_a_prompt_beyond_the_trained_length_is_noticed_once(chat_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "long").write_text("abc " * 1100)
+    # another process: here, pytest's own log handlers would hide what logging prints by itself
+    command = start(
+        "run", "--model", chat_folder, "-n", "1", "-f", tmp_path / "long", stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )  # fmt: skip
+    _, err = command.communicate(timeout=120)
+    assert err.count(b"this model was trained for") == 1
+
+
 def test_a_prompt_longer_than_the_context_is_refused_with_the_numbers(tiny: Run) -> None:
     assert_one_error(tiny("a b c " * 3000, "--raw"), "does not fit into the context of 4,096 tokens")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -40,6 +41,8 @@ def open_session(settings: Settings) -> Iterator[Session]:
     # torch comes with it: everything that can be refused without has been
     from v4sdk.session import Session
 
+    # notices arrive as progress; without a handler, logging would print each a second time
+    logging.getLogger("v4sdk").addHandler(logging.NullHandler())
     progress = ProgressLine()
     session = Session.load(
         settings.model,
