@@ -259,6 +259,13 @@ def test_an_unknown_command_exits_2(v4sdk: Run) -> None:
     assert v4sdk("runn").status == 2
 
 
+def test_a_state_that_cannot_be_written_is_refused_before_the_answer(tiny: Run, tmp_path: Path) -> None:
+    missing = tiny("abc", "--save", tmp_path / "none" / "state")
+    assert_one_error(missing, "none` does not exist", "a folder that exists")
+    assert_one_error(tiny("abc", "--save", tmp_path), "it is a folder", "a folder that exists")
+    assert "memory:" not in missing.err
+
+
 def test_a_prompt_beyond_the_trained_length_is_noticed_once(chat_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "long").write_text("abc " * 1100)
     # another process: here, pytest's own log handlers would hide what logging prints by itself
@@ -387,11 +394,13 @@ def test_a_conversation_on_a_terminal(chat_folder: Path) -> None:
         "run", "--model", chat_folder, "-n", "4", stdin=follower, stdout=follower, stderr=follower
     )
     os.close(follower)
-    shown = _talk(leader, [b"hello\n", b"more\n", b"/reset\n", b"/exit\n"])
+    shown = _talk(leader, [b"hello\n", b"more\n", b"/rest\n", b"/save\n", b"/reset\n", b"/exit\n"])
     assert command.wait(60) == 0
     os.close(leader)
     assert shown.count("fast numerics") == 2
     assert "cached" in shown
+    assert "command `/rest` is unknown" in shown
+    assert "`/save` names no file" in shown
     assert "Traceback" not in shown
 
 

@@ -73,7 +73,11 @@ def write_state(path: str | Path, header: StateHeader, state: SequenceState, cac
     except (OSError, SafetensorError) as exc:
         if made:
             Path(made).unlink(missing_ok=True)
-        raise StateError(f"state file `{path}` cannot be written: {exc}") from None
+        why = getattr(exc, "strerror", None) or exc
+        raise StateError(
+            f"state file `{path}` cannot be written: {why}",
+            hint="name a file in a folder that can be written to",
+        ) from None
 
 
 def _name(tensors: dict[str, Tensor], prefix: str, layers: Snapshot) -> None:

@@ -13,7 +13,7 @@ from v4sdk.cli.errors import show_error
 from v4sdk.cli.inputs import conversation
 from v4sdk.cli.serve import held_sequence, show
 from v4sdk.cli.settings import Settings
-from v4sdk.errors import V4Error
+from v4sdk.errors import PromptError, V4Error
 
 if TYPE_CHECKING:
     from v4sdk.output import Piece
@@ -56,7 +56,12 @@ class _Conversation:
         if command == "/reset":
             self._held, self._turns = self._session.sequence(), []
         elif command == "/save":
+            if not rest.strip():
+                raise PromptError("`/save` names no file", hint="/save FILE")
             self.save(Path(rest.strip()))
+        elif text.startswith("/") and text[1:].isalpha():
+            # one word only: a message may well begin with a path
+            raise PromptError(f"command `{text}` is unknown", hint="known: /reset, /save FILE, /exit")
         elif text:
             self._answer(text)
 

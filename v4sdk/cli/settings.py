@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from v4sdk import numerics
+from v4sdk.errors import StateError
 
 if TYPE_CHECKING:
     from v4sdk.sampling import SamplingParams
@@ -45,6 +46,12 @@ class Settings:
                 "--raw uses no chat format, so --system, --thinking and --effort do not go with it"
             )
         self.params()
+        if self.save is not None and (self.save.is_dir() or not self.save.parent.is_dir()):
+            raise StateError(
+                f"state file `{self.save}` cannot be written: "
+                + ("it is a folder" if self.save.is_dir() else f"folder `{self.save.parent}` does not exist"),
+                hint="name a file in a folder that exists",
+            )
         chosen = numerics.numerics(self.numerics) if self.numerics else numerics.FAST
         numerics.kv_format(self.kv_format, chosen)
 
