@@ -523,6 +523,16 @@ def test_cancel_while_a_later_prompt_is_read_keeps_what_was_answered(chat_folder
         assert narrow.generate([5, 6], GREEDY).ids == results[0].ids
 
 
+def test_closing_from_a_callback_is_refused(session: Session) -> None:
+    session.on_progress = lambda report: session.close()
+    try:
+        with pytest.raises(StateError, match="own callback"):
+            session.generate([5] * 80, GREEDY)
+    finally:
+        session.on_progress = lambda report: None
+    assert session.generate([5], GREEDY).finish_reason == "length"
+
+
 def test_cancel_when_nothing_runs_changes_nothing(session: Session) -> None:
     session.cancel()
     assert session.generate([5], GREEDY).finish_reason == "length"

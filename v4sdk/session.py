@@ -75,6 +75,8 @@ class Session:
         self._lock = threading.RLock()
         self._cancellations = 0
         self._noticed = False
+        # calls in progress; more than one only where a callback calls back
+        self._turns = 0
         # states whose `Sequence` is gone, left here by whatever thread collected it
         self._dropped: deque[SequenceState] = deque()
         self._abandoned: deque[Scheduler] = deque()
@@ -356,9 +358,19 @@ class Session:
         self._cancellations += 1
 
     def close(self) -> None:
-        """Give back weights, caches and mapped files. Closing twice is fine."""
+        """Give back weights, caches and mapped files, when what is running has ended. Closing twice is fine.
+
+        Raises:
+            StateError: inside `on_progress`; what is running is cancelled all the same.
+        """
         self.cancel()
         with self._lock:
+            if self._turns:
+                # the lock is ours, so a call of this very thread is below us
+                raise StateError(
+                    "the session is still at work, and cannot be closed from its own callback",
+                    hint="call cancel() there, and close it after the call has returned",
+                )
             for scheduler in list(self._active):
                 scheduler.close()
             if self._engine is not None:
@@ -386,7 +398,11 @@ class Session:
                 self._abandoned.popleft().close()
             while self._dropped:
                 self._engine.free(self._dropped.popleft())
-            yield self._engine
+            self._turns += 1
+            try:
+                yield self._engine
+            finally:
+                self._turns -= 1
 
     def _cancelled(self) -> Callable[[], bool]:
         before = self._cancellations
