@@ -432,6 +432,15 @@ def test_options_are_checked_while_loading(chat_folder: Path, tmp_path: Path) ->
             Session.load(tmp_path, backend="cpu", numerics="exact")
 
 
+def test_ops_without_a_kernel_are_logged_once(chat_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "v4sdk"), Session.load(chat_folder, backend="cpu") as loaded:
+        loaded.generate([5, 6], GREEDY)
+        bare = loaded.loaded.binding.without_kernel
+    said = [r.message for r in caplog.records if "without a kernel" in r.message]
+    assert len(said) == (1 if bare else 0)
+    assert all(f"{b.op} (" in said[0] for b in bare)
+
+
 def test_prompt_beyond_the_trained_length_gives_one_notice(chat_folder: Path) -> None:
     seen: list[Progress] = []
     with Session.load(chat_folder, backend="cpu", numerics="exact", on_progress=seen.append) as session:

@@ -145,6 +145,16 @@ def open_model(model: str | Path | None, options: LoadOptions, on_progress: OnPr
         tokenizer = _tokenizer(folder, config)
         dialect = _dialect(folder, options.dialect)
         binding = bind(backend, config, EngineConfig(chosen, fmt, backend.capability()), options.strict)
+        bare = binding.without_kernel
+        if bare:
+            names = ", ".join(f"{b.op} ({b.reason})" for b in bare)
+            log.info(
+                "%d of %d ops run without a kernel of `%s`: %s",
+                len(bare),
+                len(binding.ops),
+                backend.name,
+                names,
+            )
         _plan(checkpoint, backend, fmt, options.context_limit, on_progress)
         network = _bind_weights(checkpoint, backend, chosen, binding, on_progress)
         cache = KVCache(config, fmt, backend.device)
