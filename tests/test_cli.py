@@ -75,8 +75,8 @@ def assert_one_error(done: Done, said: str, hinted: str | None = None) -> None:
     assert said in errors[0]
     assert "Traceback" not in done.err
     assert done.out == ""
-    if hinted is not None:
-        assert re.search(rf"^hint: .*{re.escape(hinted)}", done.err, re.MULTILINE), done.err
+    # every error names a way out
+    assert re.search(rf"^hint: .*{re.escape(hinted or '')}", done.err, re.MULTILINE), done.err
 
 
 def test_help_names_the_commands(v4sdk: Run) -> None:
@@ -348,6 +348,10 @@ def test_conformance_writes_a_receipt(v4sdk: Run, tmp_path: Path, chat_folder: P
     assert done.status == 0
     assert json.loads(receipt.read_text())["ok"]
     assert_one_error(v4sdk("conformance", "--op", "norm"), "op `norm` is unknown")
+
+
+def test_conformance_names_the_closest_op(v4sdk: Run) -> None:
+    assert_one_error(v4sdk("conformance", "--op", "rms_nrm"), "op `rms_nrm`", "did you mean `rms_norm`?")
 
 
 def test_info_describes_a_folder_and_refuses_what_is_none(v4sdk: Run, chat_folder: Path) -> None:

@@ -109,7 +109,7 @@ def checked_ids(loaded: Loaded, ids: Many[int], limit: int) -> list[int]:
     """
     tokens = _known_ids(loaded, ids)
     if not tokens:
-        raise StateError("the prompt is empty, expected at least one token")
+        raise StateError("the prompt is empty, expected at least one token", hint="give it some text")
     if len(tokens) > limit:
         raise ContextOverflow(f"the prompt has {len(tokens):,} tokens, expected at most {limit:,}")
     return tokens
@@ -139,7 +139,7 @@ def raw_prompt(loaded: Loaded, prompt: str | Many[int], params: SamplingParams |
         tokenizer = tokenizer_of(loaded)
         ids = tokenizer.encode(prompt)
         if not ids and fresh:
-            raise StateError("the prompt is empty, expected at least one token")
+            raise StateError("the prompt is empty, expected at least one token", hint="give it some text")
         ids = [tokenizer.bos_id, *ids] if fresh else ids
     else:
         ids = _known_ids(loaded, prompt)

@@ -449,7 +449,9 @@ class Session:
             for one in ready:
                 before = 0 if held is None or reuse else len(held.ids)
                 if not one.ids and not before:
-                    raise StateError("the prompt is empty, expected at least one token")
+                    raise StateError(
+                        "the prompt is empty, expected at least one token", hint="give it some text"
+                    )
                 self._check_length(one, before)
             requests = [
                 prompting.request(self.loaded, engine, one, held, stream, self._context_limit, reuse)

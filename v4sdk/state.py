@@ -104,7 +104,9 @@ def read_header(path: str | Path) -> StateHeader:
         with safe_open(str(path), framework="pt") as file:
             text = (file.metadata() or {}).get(_KEY)
     except FileNotFoundError:
-        raise StateError(f"state file `{path}` does not exist") from None
+        raise StateError(
+            f"state file `{path}` does not exist", hint="v4sdk run --save FILE writes one"
+        ) from None
     except (OSError, SafetensorError) as exc:
         raise StateError(f"state file `{path}` cannot be read: {exc}") from None
     if text is None:

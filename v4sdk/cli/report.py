@@ -164,13 +164,19 @@ def conformance(
     backend: str, model: str | None, ops: tuple[str, ...], scales: tuple[str, ...], receipt: Path | None
 ) -> int:
     """Compare every op of a backend with its reference; exit 1 if one differs."""
+    from difflib import get_close_matches
+
     from v4sdk.ops import OPS
     from v4sdk.testing import run_conformance
     from v4sdk.testing.conformance import DEFAULT_SCALES
 
     for name in ops:
         if name not in OPS:
-            raise V4Error(f"op `{name}` is unknown, expected one of {', '.join(OPS)}")
+            close = get_close_matches(name, OPS, 1)
+            raise V4Error(
+                f"op `{name}` is unknown, expected one of {', '.join(OPS)}",
+                hint=f"did you mean `{close[0]}`?" if close else "v4sdk backends --ops lists them",
+            )
     chosen = plugins.select(backend)
     report = run_conformance(chosen, _config(model), scales or DEFAULT_SCALES, ops or None)
     _show_report(report)
@@ -205,4 +211,6 @@ def _write(path: Path, receipt: dict[str, Any]) -> None:
     try:
         path.write_text(json.dumps(clean, indent=1) + "\n", encoding="utf-8")
     except OSError as exc:
-        raise V4Error(f"`{path}` cannot be written: {exc.strerror}") from None
+        raise V4Error(
+            f"`{path}` cannot be written: {exc.strerror}", hint="name another file with --json"
+        ) from None
