@@ -346,6 +346,7 @@ def test_logits(session: Session) -> None:
         ([3] * 4096, None, ContextOverflow, "4,096"),
         ([3] * 10, SamplingParams(max_tokens=4087), ContextOverflow, "`max_tokens` 4,087"),
         ([3], SamplingParams(logit_bias={1280: 1.0}), SamplingError, "`logit_bias` names token 1280"),
+        ([3], {"temperature": 0}, SamplingError, "`params` is dict"),
         ([3], SamplingParams(stop_token_ids=[9999]), SamplingError, "`stop_token_ids` names token 9999"),
     ],
 )

@@ -207,6 +207,12 @@ def _is_default(params: SamplingParams | None) -> bool:
 
 def _resolved(loaded: Loaded, params: SamplingParams | None) -> tuple[SamplingParams, frozenset[int]]:
     """Parameters with the model's defaults, and every id that is an end token rather than text."""
+    given: object = params
+    if given is not None and not isinstance(given, SamplingParams):
+        raise SamplingError(
+            f"`params` is {type(given).__name__}, expected SamplingParams",
+            hint="SamplingParams(temperature=0)",
+        )
     resolved = (params or SamplingParams()).over(loaded.settings.sampling)
     vocab = loaded.config.vocab_size
     for name, ids in (("logit_bias", resolved.logit_bias), ("stop_token_ids", resolved.stop_token_ids)):
