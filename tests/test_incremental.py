@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from v4sdk import ops as o
+from v4sdk.errors import MemoryRefused
 from v4sdk.kv_cache import CacheRows, KVCache
 from v4sdk.model import V4Model
 from v4sdk.numerics import EXACT, FAST, KV_FORMATS, REFERENCE, KVFormat, Numerics
@@ -368,3 +370,28 @@ def test_a_shift_of_all_mtp_positions_cancels() -> None:
         found.append(m.mtp_forward(streams[20:40], batch, draft.layers[0]))
     # the zero row at position 0 takes part in the softmax of the shifted run, so only rows a window later are equal
     assert close(found[1][16:], found[0][16:])
+
+
+def test_growth_asks_before_it_allocates() -> None:
+    asked: list[int] = []
+
+    def refuse_large(num_bytes: int) -> None:
+        asked.append(num_bytes)
+        if len(asked) > 1:
+            raise MemoryRefused("no more", hint="none")
+
+    pool = KVCache(TINY, "float32", page_tokens=128, admit=refuse_large)
+    rows = pool.allocate()
+    pool.reserve(rows, 100)
+    before = pool.nbytes
+    with pytest.raises(MemoryRefused):
+        pool.reserve(rows, 1000)
+    assert pool.nbytes == before
+    assert asked[1] > asked[0] > 0
+
+
+def test_decode_over_many_entries_takes_sequences_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(c for c in o.OPS["sparse_attn"].inputs() if c.label == "hca-tiny-decode-exact")
+    whole = o.sparse_attn(**case.make(torch.device("cpu")))
+    monkeypatch.setattr("v4sdk.ops.attention._WORKSPACE_BYTES", 1)
+    assert torch.equal(o.sparse_attn(**case.make(torch.device("cpu"))), whole)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from v4sdk import ops as o
+from v4sdk.backend import Backend
 from v4sdk.kv_cache import KVCache
 from v4sdk.model import Binder, V4Model
 from v4sdk.numerics import EXACT, FAST, REFERENCE, KVFormat, Numerics
@@ -279,3 +280,21 @@ def test_gradients_are_the_slopes_of_the_loss() -> None:
                 for n in names:
                     trained.tensors[n] -= step * move[n]
         assert (losses[0] - losses[1]) / 2e-5 == pytest.approx(slope, rel=0.02, abs=1e-3), part
+
+
+def test_experts_are_stacked_on_any_device_but_the_cpu() -> None:
+    class Elsewhere(Backend):
+        name = "elsewhere"
+
+        @property
+        def device(self) -> torch.device:
+            return torch.device("meta")
+
+        def unavailable(self) -> str | None:
+            return None
+
+    mapped = ExpertWeights(*(tuple(Weight(torch.zeros(4, 8)) for _ in range(3)) for _ in range(3)))
+    packed = Elsewhere().prepare_experts("layers.0.ffn.experts", mapped).packed
+    assert packed is not None
+    assert packed[0].data.shape == (3, 4, 8)
+    assert packed[0].data.device.type == "meta"

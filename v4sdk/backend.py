@@ -16,7 +16,7 @@ from v4sdk.errors import KernelMismatch, V4Error
 from v4sdk.numerics import FAST, KVFormat, Numerics
 from v4sdk.ops import OPS
 from v4sdk.ops.op import Op, OpTable, copy_out
-from v4sdk.weights import ExpertWeights, Weight
+from v4sdk.weights import ExpertWeights, Weight, stack
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -119,8 +119,15 @@ class Backend(ABC):
         return weight.to(self.device)
 
     def prepare_experts(self, role: str, experts: ExpertWeights) -> ExpertWeights:
-        """Lay the routed experts of one layer out (optional; default: move each matrix)."""
-        return experts.to(self.device)
+        """Lay the routed experts of one layer out (optional).
+
+        By default they stay as mapped on the CPU, where only chosen ones are read from disk; on any other device they
+        are moved and stacked, so that a decode step chooses among them without asking the host.
+        """
+        moved = experts.to(self.device)
+        if self.device.type == "cpu" or not moved.w1:
+            return moved
+        return ExpertWeights(packed=(stack(moved.w1), stack(moved.w2), stack(moved.w3)))
 
     def place(self, tensor: Tensor) -> Tensor:
         """Bring a plain tensor to the device (optional)."""

@@ -6,6 +6,7 @@ slots. Formats are parameters; nothing here knows what the rows mean.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -89,6 +90,7 @@ class KVCache:
     Args:
         config: shapes. fmt: row format. device: where tensors live.
         layers: blocks to hold state for; the backbone by default.
+        admit: asked with the bytes of every growth before it happens; raises to refuse it.
     """
 
     def __init__(
@@ -98,10 +100,12 @@ class KVCache:
         device: torch.device | None = None,
         layers: tuple[LayerSpec, ...] | None = None,
         page_tokens: int = PAGE_TOKENS,
+        admit: Callable[[int], None] = lambda num_bytes: None,
     ) -> None:
         self.config, self.fmt, self.page_tokens = config, fmt, page_tokens
         self.device = device or torch.device("cpu")
         self.specs = config.layers if layers is None else layers
+        self._admit = admit
         self._num_slots = self._num_pages = 0
         self._free_slots: list[int] = []
         self._free_pages: list[int] = []
@@ -227,6 +231,9 @@ class KVCache:
         self._num_slots += more
 
     def _grow_pages(self, more: int) -> None:
+        tensors = [tensor for cache in self.layers for tensor in cache.paged().values()]
+        largest = max((t.nbytes for t in tensors), default=0)
+        self._admit(sum(more * t[0].nbytes for t in tensors) + largest)
         # one tensor at a time, so the transient copy is one layer's rows
         for cache in self.layers:
             for name, tensor in cache.paged().items():

@@ -19,7 +19,7 @@ from v4sdk.checkpoint import Checkpoint
 from v4sdk.config import ModelConfig
 from v4sdk.errors import CheckpointError, ConfigError, SamplingError
 from v4sdk.kv_cache import KVCache
-from v4sdk.memory import FreeMemory, plan_memory
+from v4sdk.memory import FreeMemory, check_growth, free_memory, plan_memory
 from v4sdk.model import Binder, V4Model
 from v4sdk.numerics import KVFormat, Numerics
 from v4sdk.numerics import kv_format as kv_format_of
@@ -157,7 +157,12 @@ def open_model(model: str | Path | None, options: LoadOptions, on_progress: OnPr
             )
         _plan(checkpoint, backend, fmt, options.context_limit, on_progress)
         network = _bind_weights(checkpoint, backend, chosen, binding, on_progress)
-        cache = KVCache(config, fmt, backend.device)
+        cache = KVCache(
+            config,
+            fmt,
+            backend.device,
+            admit=lambda num_bytes: check_growth(num_bytes, _free(backend) or free_memory()),
+        )
         return Loaded(
             folder, model is None, config, settings, tokenizer, dialect, backend, chosen, fmt, binding, network, cache,
             checkpoint.fingerprint(),
@@ -186,6 +191,12 @@ def _dialect(folder: Path, asked: str | Dialect | None) -> Dialect | None:
     return Dialect.named(asked)
 
 
+def _free(backend: Backend) -> FreeMemory | None:
+    """What the device still has; None where that is main memory."""
+    of_device = backend.memory()
+    return None if of_device is None else FreeMemory(of_device.free_bytes, f"on {backend.name}")
+
+
 def _plan(
     checkpoint: Checkpoint,
     backend: Backend,
@@ -194,8 +205,7 @@ def _plan(
     on_progress: OnProgress,
 ) -> None:
     """Say what will be used, and refuse what cannot fit. Main memory maps the weights, a device holds them."""
-    maps, of_device = backend.device.type == "cpu", backend.memory()
-    free = None if of_device is None else FreeMemory(of_device.free_bytes, f"on {backend.name}")
+    maps = backend.device.type == "cpu"
     plan = plan_memory(
         checkpoint.config,
         mapped_bytes=checkpoint.nbytes if maps else 0,
@@ -203,7 +213,7 @@ def _plan(
         # the cache grows with use: without a limit only a start must fit
         context_tokens=context_limit or min(checkpoint.config.max_position_embeddings, _PLANNED_TOKENS),
         kv_format=fmt,
-        free=free,
+        free=_free(backend),
     )
     log.info("memory: %s", plan.render())
     on_progress(Progress("memory", text=plan.render()))

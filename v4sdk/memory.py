@@ -80,6 +80,19 @@ class MemoryPlan:
         )
 
 
+def check_growth(num_bytes: int, free: FreeMemory | None) -> None:
+    """Refuse cache rows that no longer fit.
+
+    Raises:
+        MemoryRefused: with both numbers.
+    """
+    if free is not None and num_bytes > free.nbytes:
+        raise MemoryRefused(
+            f"the KV cache needs {gigabytes(num_bytes)} more, expected at most {gigabytes(free.nbytes)} ({free.bound})",
+            hint="use a shorter context, KV format `native`, or fewer sequences at once",
+        )
+
+
 def plan_memory(
     config: ModelConfig, *, mapped_bytes: int, resident_bytes: int, context_tokens: int, kv_format: KVFormat,
     sequences: int = 1, free: FreeMemory | None = None,

@@ -115,7 +115,8 @@ def sparse_attn(
         q [T, H, D]; kv as `kv_project_store` returns it; window [slots + 1, W, row], read on the decode step;
         entries [pages, rows, row] or None; picks [T, K] int32, -1 absent, or None; sink [H] f32 -> [T, H, D] like q
     Edge rules:
-        nothing of size T x S is held: queries run in blocks of at most 64 MB of workspace
+        nothing of size T x S is held: queries run in blocks of about 64 MB of workspace, or one at a time. Without picks
+        the entries of one sequence are held at once (16.8 MB for 1M tokens at ratio 128 and D = 512)
     Source:
         official kernel.py, sparse_attn
     """
@@ -166,6 +167,27 @@ def _decode_attention(
     rope_dim: int, numerics: Numerics,
 ) -> Tensor:  # fmt: skip
     length, head_dim = window.shape[1], q.shape[-1]
+    if entries is not None and picks is None:
+        # every entry of every sequence at once may be large: sequences take turns, as many as the workspace holds
+        step = max(1, _WORKSPACE_BYTES // (4 * batch.block_table.shape[1] * entries.shape[1] * head_dim))
+        if step < batch.num_sequences:
+            spans = [(i, min(i + step, batch.num_sequences)) for i in range(0, batch.num_sequences, step)]
+            return torch.cat(
+                [
+                    _decode_attention(
+                        q[i:j],
+                        window,
+                        entries,
+                        picks,
+                        batch.decode_rows(i, j),
+                        sink,
+                        ratio,
+                        rope_dim,
+                        numerics,
+                    )
+                    for i, j in spans
+                ]
+            )
     pos = batch.positions.long()[:, None]
     slot = torch.arange(length, device=q.device)
     seen = pos - (pos - slot) % length >= 0

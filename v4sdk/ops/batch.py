@@ -44,6 +44,16 @@ class Batch:
         """One token per sequence; known from shapes alone."""
         return self.num_tokens == self.num_sequences
 
+    def decode_rows(self, first: int, last: int) -> Batch:
+        """Sequences first..last of a decode step, as a decode step of their own."""
+        pick = slice(first, last)
+        rows = torch.arange(last - first, device=self.positions.device)
+        bounds = torch.arange(last - first + 1, device=self.positions.device, dtype=torch.int32)
+        return Batch(
+            self.token_ids[pick], self.positions[pick], bounds, self.slots[pick], self.block_table[pick], rows,
+            self.page_tokens,
+        )  # fmt: skip
+
 
 def make_batch(
     token_ids: Tensor,
