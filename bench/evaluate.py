@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from v4sdk_bench.dialogue import Dialogue
+from v4sdk_bench.machine import machine
 from v4sdk_bench.tasks import TASKS, held_out, is_right, overlap
 
 TRAIN_DRAWS = 20_000
@@ -180,7 +181,7 @@ def main() -> None:
         for mistake in mistakes:
             print(f"{task}: {mistake}")
     if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps({"about": machine(), **report}, indent=2) + "\n", encoding="utf-8")
     passed = [task for task, value in report["scores"].items() if value >= GATE]
     if not args.task and ("look_up" not in passed or len(passed) < 3):
         raise SystemExit(1)

@@ -109,7 +109,9 @@ def main() -> int:
     for name, value, allowed, ok in rows:
         print(f"{'ok  ' if ok else 'FAIL'} {name:52} {value:>16} {'limit ' + allowed if allowed else ''}")
     if args.json:
-        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        from v4sdk_bench.machine import machine
+
+        args.json.write_text(json.dumps({"about": machine(), **record}, indent=1) + "\n", encoding="utf-8")
     return 0 if all(ok for *_, ok in rows) else 1
 
 

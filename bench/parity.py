@@ -9,26 +9,21 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
-import platform
 import random
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
-
-import torch
 
 from v4sdk.checkpoint import Checkpoint
 from v4sdk.config import ModelConfig
 from v4sdk.numerics import EXACT, Numerics
 from v4sdk_bench import golden as g
+from v4sdk_bench.machine import machine
 
 EVIDENCE = "reference"
 _LAYER_PARTS = ("attn_out", "ffn_out", "streams_after_layer", "route_weights")
-_PACKAGES = ("v4sdk", "torch", "transformers", "safetensors", "numpy")
 
 
 @dataclass(frozen=True)
@@ -178,29 +173,6 @@ def sections(folder: Path, model: Path | None) -> dict[str, Callable[[], Iterato
         "transformers": lambda: elsewhere_lines(folder, model),
         "fast": lambda: fast_lines(model),
     }
-
-
-def machine() -> dict[str, str]:
-    """Where the numbers come from."""
-    about = {
-        "machine": f"{processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}",
-        "threads": str(torch.get_num_threads()),
-        "python": platform.python_version(),
-    }
-    for package in _PACKAGES:
-        if importlib.util.find_spec(package) is not None:
-            about[package] = version(package)
-    return about
-
-
-def processor() -> str:
-    """The processor's own name, or the architecture."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.machine()
-    named = (line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name"))
-    return next(named, platform.machine())
 
 
 def main() -> int:
