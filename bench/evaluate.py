@@ -77,6 +77,20 @@ def score(asked: Sequence[Question], answers: Sequence[Mapping[str, Any]]) -> tu
     return sum(right.values()) / len(right), mistakes
 
 
+def by_tool(
+    dialogues: Sequence[Dialogue], asked: Sequence[Question], answers: Sequence[Mapping[str, Any]]
+) -> dict[str, str]:
+    """Right of asked, for each tool: different operands are many for some tools and few for others."""
+    pairs = list(zip(asked, answers, strict=True))
+    found = {}
+    for tool in sorted({d.operands[0] for d in dialogues}):
+        numbers = {i for i, d in enumerate(dialogues) if d.operands[0] == tool}
+        mine = [(q, a) for q, a in pairs if q.dialogue in numbers]
+        share, _ = score([q for q, _ in mine], [a for _, a in mine])
+        found[tool] = f"{round(share * len(numbers))} of {len(numbers)}"
+    return found
+
+
 def _words(message: Mapping[str, Any]) -> str:
     return str(message["content"] or json.dumps([call["function"] for call in message.get("tool_calls", ())]))
 
@@ -147,8 +161,11 @@ def evaluate(model: str | None, count: int, tasks: Sequence[str], ablate: bool) 
         dialogues = held_out(task, count)
         asked = list(questions(dialogues))
         report["overlap"][task] = overlap(task, TRAIN_DRAWS, count)
-        report["scores"][task], report["mistakes"][task] = score(asked, run_file(asked, model))
+        answers = run_file(asked, model)
+        report["scores"][task], report["mistakes"][task] = score(asked, answers)
         print(f"{task}: {report['scores'][task]:.1%} of {count}", file=sys.stderr, flush=True)
+        if task == "tool_call":
+            report["tool_call"] = by_tool(dialogues, asked, answers)
         if task == "look_up":
             report["look_up"] = geometry(dialogues, model)
             if ablate:
@@ -175,8 +192,9 @@ def main() -> None:
     print("| --- | ---: | ---: |")
     for task in tasks:
         print(f"| {task} | {report['scores'][task]:.1%} | {report['overlap'][task]} |")
-    for key, value in report.get("look_up", {}).items():
-        print(f"look_up {key}: {value}")
+    for task in ("look_up", "tool_call"):
+        for key, value in report.get(task, {}).items():
+            print(f"{task} {key}: {value}")
     for task, mistakes in report["mistakes"].items():
         for mistake in mistakes:
             print(f"{task}: {mistake}")
