@@ -230,7 +230,10 @@ def test_the_shipped_model_answers_held_out_questions(session: Any, task: str) -
     assert share >= 0.8, mistakes
 
 
-@pytest.mark.xfail(reason="v4-nano names the wrong person when it answers from the `age` tool", strict=True)
+# the training mix held too few tool answers that name a person; strict, so weights trained on more of them end this mark
+@pytest.mark.xfail(
+    reason="v4-nano names the wrong person after `age`, until it is trained again", strict=True
+)
 def test_the_shipped_model_answers_from_the_age_tool(session: Any) -> None:
     dialogues = [d for d in held_out("tool_call", 60, seed=7) if d.operands[0] == "age"]
     share, mistakes = answer(session, dialogues)
