@@ -1,0 +1,1 @@
+"""What is derived from records: terminal table, Markdown, one self-contained HTML page."""

@@ -1,0 +1,77 @@
+"""What a suite is made of: stages that yield rows. A run that was cut off goes on at the first stage that is not finished."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from v4sdk.backend import Backend
+from v4sdk.errors import V4Error
+from v4sdk_bench.record import Record, Row
+
+
+class BenchError(V4Error):
+    """A benchmark was asked for something it cannot do."""
+
+    way_out = "v4sdk bench run --help describes the options"
+
+
+@dataclass
+class Bench:
+    """What a stage gets to know about its run.
+
+    Attributes:
+        backend: what is measured. record: what was found so far; a stage that measures speed reads the verdicts there first.
+        quick: small budgets, frontiers up to 8,192 tokens. seed: of everything random.
+        model: checkpoint folder of the whole-model suites; None is the bundled v4-nano.
+        scratch: a folder that disappears after the run; big files go there. cache: a folder that stays (made checkpoints).
+        peers: engine name to the Python that has it installed.
+        say: one line of progress, replaced by the next.
+    """
+
+    backend: Backend
+    record: Record
+    scratch: Path
+    cache: Path
+    quick: bool = False
+    seed: int = 0
+    model: Path | None = None
+    peers: dict[str, str] = field(default_factory=dict)
+    say: Callable[[str], None] = lambda text: None
+    deadline: float = float("inf")
+
+    def left(self) -> float:
+        """Seconds left of this stage's budget; a stage that has none left stops early and says what it skipped."""
+        return self.deadline - time.monotonic()
+
+    def wrong(self, prefix: str) -> Row | None:
+        """A row under `prefix` that failed: whatever it stands for has no speed."""
+        return next((row for row in self.record.under(prefix) if row.state == "failed"), None)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A resumable part of a suite.
+
+    Attributes:
+        name: `suite/part`. run: yields rows; may raise `V4Error`, which breaks this stage only.
+        quick_s, full_s: seconds it may take.
+    """
+
+    name: str
+    run: Callable[[Bench], Iterator[Row]]
+    quick_s: float
+    full_s: float
+
+    @property
+    def suite(self) -> str:
+        """The first part of the name."""
+        return self.name.partition("/")[0]
+
+
+def now() -> str:
+    """UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
