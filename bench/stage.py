@@ -29,6 +29,7 @@ class Bench:
         model: checkpoint folder of the whole-model suites; None is the bundled v4-nano.
         scratch: a folder that disappears after the run; big files go there. cache: a folder that stays (made checkpoints).
         peers: engine name to the Python that has it installed.
+        golden: folder of golden activations, None if there is none. only: key prefixes that are wanted; empty is all.
         say: one line of progress, replaced by the next.
     """
 
@@ -40,12 +41,18 @@ class Bench:
     seed: int = 0
     model: Path | None = None
     peers: dict[str, str] = field(default_factory=dict)
+    golden: Path | None = None
+    only: tuple[str, ...] = ()
     say: Callable[[str], None] = lambda text: None
     deadline: float = float("inf")
 
     def left(self) -> float:
         """Seconds left of this stage's budget; a stage that has none left stops early and says what it skipped."""
         return self.deadline - time.monotonic()
+
+    def wants(self, key: str) -> bool:
+        """Whether rows of this key, or under it, were asked for; lets a stage leave the others out."""
+        return not self.only or any(key.startswith(p) or p.startswith(key) for p in self.only)
 
     def wrong(self, prefix: str) -> Row | None:
         """A row under `prefix` that failed: whatever it stands for has no speed."""

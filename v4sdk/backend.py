@@ -144,6 +144,10 @@ class Backend(ABC):
         """Free and total memory of the device (optional; None: ask the operating system)."""
         return None
 
+    def identity(self) -> Mapping[str, str] | None:
+        """Name, `uuid` and `driver` of the accelerator (optional; None: the device is the host)."""
+        return None
+
     def doctor(self) -> Sequence[DoctorRow]:
         """What a user needs to know about this device's software (optional)."""
         return ()
