@@ -7,7 +7,7 @@ import importlib.util
 import os
 import platform
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +70,10 @@ def software() -> dict[str, str]:
 
 
 def source_digest() -> str:
-    """SHA-256 over the Python files of v4sdk and of the backends that are installed beside it, first 12 digits."""
+    """SHA-256 over the Python files of v4sdk and of its installed plugins, first 12 digits."""
     digest = hashlib.sha256()
-    for package in ("v4sdk", "v4sdk_cpu", "v4sdk_cuda", "v4sdk_ascend"):
+    plugins = {point.module.partition(".")[0] for point in entry_points(group="v4sdk")}
+    for package in ("v4sdk", *sorted(plugins)):
         spec = importlib.util.find_spec(package)
         for root in (spec.submodule_search_locations or ()) if spec else ():
             for path in sorted(Path(root).rglob("*.py")):

@@ -1,0 +1,186 @@
+"""`v4sdk bench`: measure, compare, report. Arguments in, text out; nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from v4sdk_bench.record import Record
+    from v4sdk_bench.run import Event
+
+_SUITES = ("parity", "ops", "model", "claims", "device")
+
+
+@click.group(short_help="Measure parity and speed, and report them beside other machines.")
+def bench() -> None:
+    """Measure parity and speed on this machine, and put the records of several machines into one report.
+
+    \b
+    v4sdk bench run --quick                       about 10 minutes on two cores
+    v4sdk bench report v4sdk-bench-*.json         terminal, Markdown and one HTML page
+    """
+
+
+@bench.command()
+@click.option(
+    "--suite",
+    "suites",
+    multiple=True,
+    type=click.Choice(_SUITES),
+    help="May be repeated (default: all but device).",
+)
+@click.option("--backend", default="auto", show_default=True, metavar="NAME", help="What to measure.")
+@click.option("--quick", is_flag=True, help="Small budgets (printed), contexts up to 8,192 tokens.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Record file (default: v4sdk-bench-BACKEND-DATE.json).",
+)
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Checkpoint folder (default: v4-nano).",
+)
+@click.option(
+    "--only",
+    multiple=True,
+    metavar="PREFIX",
+    help="Only rows whose key begins so, e.g. parity/op; may be repeated.",
+)
+@click.option(
+    "--golden",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder of golden activations.",
+)
+@click.option(
+    "--peer",
+    "peers",
+    multiple=True,
+    metavar="ENGINE=PYTHON",
+    help="Python that has a peer engine; may be repeated.",
+)
+@click.option(
+    "--threads", type=click.IntRange(1), help="Threads of the host's libraries (default: their own choice)."
+)
+@click.option("--seed", default=0, show_default=True, help="Of everything random.")
+@click.option("--restart", is_flag=True, help="Replace the output instead of going on with it.")
+def run(
+    suites: tuple[str, ...], backend: str, quick: bool, output: Path | None, model: Path | None, only: tuple[str, ...],
+    golden: Path | None, peers: tuple[str, ...], threads: int | None, seed: int, restart: bool,
+) -> int:  # fmt: skip
+    """Measure this machine and write one JSON record.
+
+    Ctrl-C keeps what is done; the same command goes on from there. Exit code 1 if a row failed or a stage broke.
+    """
+    from v4sdk import plugins
+    from v4sdk_bench import run as runner
+
+    chosen = runner.parse_suites(
+        suites or tuple({prefix.partition("/")[0] for prefix in only} & set(_SUITES))
+    )
+    options = runner.Options(
+        chosen, backend, quick, model, seed, only, golden or _golden_here(), _peers(peers), threads
+    )
+    name = plugins.select(backend).name
+    output = output or Path(f"v4sdk-bench-{name}-{datetime.now():%Y-%m-%d}{'-quick' if quick else ''}.json")
+    plan = runner.stages(options)
+    _say_budgets(plan, quick)
+    screen = Screen()
+    try:
+        record = runner.run(options, output, shlex.join(["v4sdk", *sys.argv[1:]]), screen.show, restart)
+    except KeyboardInterrupt:
+        screen.clear()
+        click.echo(f"interrupted; what is done is in {output}, the same command goes on from there", err=True)
+        raise
+    finally:
+        screen.clear()
+    return _close(record, output)
+
+
+def _golden_here() -> Path | None:
+    found = Path("tests/golden")
+    return found if (found / "tiny-fp32").is_dir() else None
+
+
+def _peers(given: tuple[str, ...]) -> dict[str, str]:
+    found = {}
+    for text in given:
+        engine, _, python = text.partition("=")
+        if not python:
+            raise click.BadParameter(
+                f"`{text}`, expected ENGINE=PYTHON, e.g. llama_cpp=venv/bin/python", param_hint="--peer"
+            )
+        found[engine] = python
+    return found
+
+
+def _say_budgets(plan: list, quick: bool) -> None:  # type: ignore[type-arg]
+    seconds: dict[str, float] = {}
+    for stage in plan:
+        seconds[stage.suite] = seconds.get(stage.suite, 0) + (stage.quick_s if quick else stage.full_s)
+    listed = ", ".join(f"{suite} {total / 60:.1f}" for suite, total in seconds.items())
+    click.echo(f"budgets in minutes: {listed}; {sum(seconds.values()) / 60:.1f} in all", err=True)
+
+
+def _close(record: Record, output: Path) -> int:
+    from v4sdk_bench.run import summary
+
+    counts = summary(record)
+    broken = {name: stage["note"] for name, stage in record.stages.items() if stage["state"] == "broken"}
+    for row in record.rows:
+        if row.state == "failed":
+            click.echo(f"failed: {row.key}: {row.what}{f' ({row.note})' if row.note else ''}", err=True)
+    for name, note in broken.items():
+        click.echo(f"broken: stage {name}: {note}", err=True)
+    click.echo(", ".join(f"{count} {state}" for state, count in counts.items()) + f"; record: {output}")
+    click.echo(f"next: v4sdk bench report {shlex.quote(str(output))}", err=True)
+    return int(bool(counts["failed"] or broken))
+
+
+class Screen:
+    """Progress on stderr: one line that is replaced on a terminal, one line per stage elsewhere."""
+
+    def __init__(self) -> None:
+        self._tty, self._stage, self._rows, self._drawn = sys.stderr.isatty(), "", 0, False
+
+    def show(self, event: Event) -> None:
+        """Draw one event."""
+        if event.kind == "stage":
+            self._stage, self._rows = f"[{event.done + 1}/{event.total}] {event.text}", 0
+            self._draw("")
+        elif event.kind == "row":
+            self._rows += 1
+            if event.row is not None and event.row.state == "failed":
+                self._print(f"failed: {event.text}")
+            self._draw("")
+        elif event.kind == "say":
+            self._draw(event.text)
+        else:
+            self._print(
+                f"[{event.done}/{event.total}] {event.text}" + (f", {self._rows} rows" if self._rows else "")
+            )
+
+    def clear(self) -> None:
+        """Leave an empty line behind."""
+        if self._drawn:
+            sys.stderr.write("\r\033[K")
+            sys.stderr.flush()
+            self._drawn = False
+
+    def _draw(self, text: str) -> None:
+        if not self._tty:
+            return
+        line = f"{self._stage}: {self._rows} rows {text}"
+        sys.stderr.write(f"\r\033[K{line[:110]}")
+        sys.stderr.flush()
+        self._drawn = True
+
+    def _print(self, text: str) -> None:
+        self.clear()
+        click.echo(text, err=True)

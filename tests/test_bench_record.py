@@ -1,0 +1,145 @@
+"""The record of a benchmark run: what it refuses to say, and that no accident loses what was found."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from v4sdk_bench.record import BadRecord, Record, Row, judged, not_run
+
+GOOD = Row("ops/rms_norm/tiny", "rms_norm", "ok", "reference", {"median_s": 1e-6}, {"max_abs": 1e-5})
+
+
+def record(**changes: object) -> Record:
+    return Record("2026-11-22T00:00:00+00:00", "v4sdk bench run", {}, {}, {}, **changes)  # type: ignore[arg-type]
+
+
+def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
+    made = record(device={"name": "x"}, status="complete")
+    made.add(GOOD)
+    made.add(not_run("ops/embed/tiny", "embed", "no time left"))
+    made.save(tmp_path / "a.json")
+    assert Record.load(tmp_path / "a.json") == made
+
+
+def test_a_row_of_the_same_key_replaces_the_old_one() -> None:
+    made = record()
+    made.add(GOOD)
+    made.add(Row("ops/rms_norm/tiny", "again", "info"))
+    assert [row.what for row in made.rows] == ["again"]
+
+
+@pytest.mark.parametrize("name", ["median_s", "tokens_per_s", "bytes_of_ceiling", "peer_ratio"])
+def test_a_wrong_result_has_no_speed(name: str) -> None:
+    with pytest.raises(BadRecord, match="failed and still gives a speed"):
+        Row("ops/rms_norm/tiny", "rms_norm", "failed", "reference", {name: 1.0})
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        (("else/x", "x", "ok"), "expected one of parity"),
+        (("ops/x", "x", "fine"), "has state `fine`"),
+        (("ops/x", "x", "ok", "seen"), "has evidence `seen`"),
+        (("ops/x", "x", "ok", "none"), "only what was not run has none"),
+        (("ops/x", "x", "not run", "reference"), "only what was not run has none"),
+    ],
+)
+def test_rows_outside_the_schema_are_refused(row: tuple[str, ...], complaint: str) -> None:
+    with pytest.raises(BadRecord, match=complaint):
+        Row(*row)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("device", "values", "complaint"),
+    [
+        (None, {"kernel_s": 1e-6}, "no uuid and no driver"),
+        ({"uuid": "u"}, {"kernel_s": 1e-6}, "no driver"),
+        ({"uuid": "u", "driver": "1"}, {"median_s": 1e-6}, "without kernel times"),
+    ],
+)
+def test_device_evidence_needs_its_proof(
+    tmp_path: Path, device: dict[str, str] | None, values: dict[str, float], complaint: str
+) -> None:
+    made, row = record(device=device), Row("device/x", "x", "ok", "device", values)
+    with pytest.raises(BadRecord, match=complaint):
+        made.add(row)
+    made.rows.append(row)
+    made.save(tmp_path / "forged.json")
+    with pytest.raises(BadRecord, match=complaint):
+        Record.load(tmp_path / "forged.json")
+
+
+def test_device_evidence_with_its_proof_is_taken() -> None:
+    made = record(device={"uuid": "u", "driver": "1"})
+    made.add(Row("device/x", "x", "ok", "device", {"kernel_s": 1e-6}))
+    assert made.row("device/x") is not None
+
+
+@pytest.mark.parametrize(
+    ("values", "limits", "state"),
+    [
+        ({}, {}, "info"),
+        ({"kl": 1.0}, {"kl": 1.0}, "ok"),
+        ({"kl": 1.1}, {"kl": 1.0}, "failed"),
+        ({"top1": 0.9}, {">=top1": 0.99}, "failed"),
+        ({"top1": 0.99}, {">=top1": 0.99}, "ok"),
+        ({"kl": float("nan")}, {"kl": 1.0}, "failed"),
+        ({}, {"kl": 1.0}, "failed"),
+    ],
+)
+def test_limits_decide(values: dict[str, float], limits: dict[str, float], state: str) -> None:
+    assert judged(values, limits) == state
+
+
+def spoil(text: str) -> dict[str, str]:
+    whole = json.loads(text)
+    return {
+        "truncated": text[: len(text) // 2],
+        "another kind": json.dumps({**whole, "kind": "else"}),
+        "another schema": json.dumps({**whole, "schema": 99}),
+        "no rows": json.dumps({k: v for k, v in whole.items() if k != "rows"}),
+        "a stranger in a row": json.dumps({**whole, "rows": [{"key": "ops/x", "colour": "red"}]}),
+        "a list": "[]",
+        "binary": "\udcff",
+    }
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["truncated", "another kind", "another schema", "no rows", "a stranger in a row", "a list", "binary"],
+)
+def test_a_spoilt_file_is_refused_with_a_way_out(tmp_path: Path, how: str) -> None:
+    made, path = record(), tmp_path / "a.json"
+    made.add(GOOD)
+    made.save(path)
+    path.write_bytes(spoil(path.read_text())[how].encode("utf-8", "surrogateescape"))
+    with pytest.raises(BadRecord, match=r"a\.json") as caught:
+        Record.load(path)
+    assert caught.value.hint
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BadRecord, match="No such file"):
+        Record.load(tmp_path / "none.json")
+
+
+def test_a_full_disk_keeps_the_last_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, made = tmp_path / "a.json", record()
+    made.add(GOOD)
+    made.save(path)
+    before = path.read_bytes()
+
+    def full(source: object, target: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("v4sdk_bench.record.os.replace", full)
+    made.add(Row("ops/embed/tiny", "embed", "info"))
+    with pytest.raises(BadRecord, match="No space left on device; the file keeps what was written before"):
+        made.save(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"], "the attempt left a file behind"
