@@ -6,10 +6,8 @@ its rounds: a ceiling is what can be reached. Nothing measured may lie above it;
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from v4sdk.memory import free_memory
@@ -23,7 +21,7 @@ if TYPE_CHECKING:
     from v4sdk.backend import Backend
     from v4sdk.ops.op import Cost
 
-BUFFER_BYTES = 3 << 29
+BUFFER_BYTES = 1_500_000_000
 BYTES, FLOPS = "bytes_per_s", "flops_per_s"
 DTYPES = ("float32", "bfloat16", "int8", "float8_e4m3fn")
 _GEMM_SIDES = (1024, 2048, 4096, 8192)
@@ -133,12 +131,9 @@ def last_level_cache_bytes(device: torch.device) -> int:
 
         properties = torch.get_device_module(device).get_device_properties(device)
         return int(getattr(properties, _DEVICE_LAST_LEVEL, 0))
-    sizes = [0]
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text(encoding="ascii").strip()
-        factor = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1:], 1)
-        sizes.append(int(text.rstrip("KMG")) * factor)
-    return max(sizes)
+    from v4sdk_bench.machine import last_level_cache_bytes as of_host
+
+    return of_host() or 0
 
 
 def free_bytes(backend: Backend) -> int | None:

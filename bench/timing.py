@@ -136,7 +136,8 @@ def sample(
     for _ in range(max(0, warm)):
         once = _round(call, 1, sync)[0]
     calls = max(1, math.ceil(_SHORTEST_ROUND_S / once)) if once > 0 else 1
-    wall, cpu = [], []
+    wall: list[float] = []
+    cpu: list[float] = []
     while len(wall) < least or (len(wall) < most and time.perf_counter() - began < budget_s):
         seconds, processor = _round(call, calls, sync)
         wall.append(seconds)

@@ -133,7 +133,7 @@ def _op_results(
         detail = "the op has no cases of these scales"
         yield CaseResult(op.name, "inputs", "reference", "reference", "failed", 0.0, 0.0, detail)
     for case in cases:
-        yield _judged(op, case, backend, config)
+        yield judge_case(op, case, backend, config)
 
 
 def _broken_unless(op: Op[..., Any], binding: Binding) -> str | None:
@@ -141,8 +141,8 @@ def _broken_unless(op: Op[..., Any], binding: Binding) -> str | None:
     return row.reason if row.reason is not None and "`unless` failed" in row.reason else None
 
 
-def _judged(op: Op[..., Any], case: Case, backend: Backend, config: ModelConfig) -> CaseResult:
-    """Run one case and weigh the outcome against the backend's list of known gaps."""
+def judge_case(op: Op[..., Any], case: Case, backend: Backend, config: ModelConfig) -> CaseResult:
+    """Compare one case with the reference, as `run_conformance` does, and weigh the outcome against the known gaps."""
     args = case.make(torch.device("cpu"))
     chosen = next((v for v in args.values() if isinstance(v, Numerics)), None)
     engine = EngineConfig(capability=backend.capability())
