@@ -230,9 +230,25 @@ def test_the_receipt_is_json_with_op_case_error_and_evidence() -> None:
     receipt = json.loads(json.dumps(judge(kernel(ops.rms_norm, right_norm)).receipt()))
     assert receipt["ok"]
     assert receipt["backend"] == "planted"
-    assert {"op", "case", "how", "evidence", "status", "max_abs", "worst", "detail"} == set(
-        receipt["cases"][0]
-    )
+    assert {
+        "op",
+        "case",
+        "how",
+        "evidence",
+        "status",
+        "max_abs",
+        "worst",
+        "detail",
+        "relative_l2",
+        "cosine",
+    } == set(receipt["cases"][0])
+
+
+def test_a_result_carries_its_relative_l2_and_cosine() -> None:
+    worst = max(judge(kernel(ops.rms_norm, _biased)).results, key=lambda row: row.relative_l2)
+    # 5% too long in the right direction
+    assert abs(worst.relative_l2 - 0.05) < 0.01
+    assert worst.cosine > 0.99999
 
 
 def test_poisoned_memory_ends() -> None:

@@ -29,12 +29,16 @@ class Difference:
     Attributes:
         max_abs: largest absolute difference. worst: largest difference in units of what is accepted; above 1 is a failure.
         tolerance: what was accepted. problem: what cannot be put in a number (shape, dtype, NaN), or None.
+        relative_l2: |a - e| / |e| over the whole tensor. cosine: of the two as one vector each. Both over elements that are
+            finite on either side; chosen ids have neither, and keep 0 and 1.
     """
 
     max_abs: float
     worst: float
     tolerance: Tolerance
     problem: str | None = None
+    relative_l2: float = 0.0
+    cosine: float = 1.0
 
     @property
     def ok(self) -> bool:
@@ -65,7 +69,18 @@ def compare(actual: Tensor, expected: Tensor, tolerance: Tolerance) -> Differenc
         return Difference(0.0, 0.0, tolerance)
     room = tolerance.atol + tolerance.rtol * torch.where(e.isfinite(), e.abs(), 0.0)
     worst = torch.where(gap > 0, gap / room.clamp_min(1e-300), 0.0).nan_to_num(nan=float("inf"))
-    return Difference(float(gap.max()), float(worst.max()), tolerance)
+    finite = a.isfinite() & e.isfinite()
+    return Difference(
+        float(gap.max()), float(worst.max()), tolerance, None, *_as_vectors(a[finite], e[finite])
+    )
+
+
+def _as_vectors(a: Tensor, e: Tensor) -> tuple[float, float]:
+    """Relative L2 and cosine."""
+    apart, size, own = float((a - e).norm()), float(e.norm()), float(a.norm())
+    if not size or not own:
+        return (float("inf") if apart and not size else float(apart > 0), float(apart == 0))
+    return apart / size, float((a * e).sum()) / (size * own)
 
 
 def compare_selection(actual: Tensor, expected: Tensor, max_flipped: float) -> Difference:
@@ -105,4 +120,5 @@ def describe(found: Difference) -> str:
 
 
 def _problem(tolerance: Tolerance, text: str) -> Difference:
-    return Difference(float("nan"), float("inf"), tolerance, text)
+    nan = float("nan")
+    return Difference(nan, float("inf"), tolerance, text, nan, nan)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ class CaseResult:
         how: `kernel`, `parts` or `reference`: what ran. evidence: how much a pass here says about a device.
         max_abs, worst: largest difference, plainly and in units of what is accepted.
         status: `passed`, `failed`, `known gap` or `unexpected pass`. detail: what went wrong, or the gap's cause.
+        relative_l2, cosine: the worst of any tensor that was compared.
     """
 
     op: str
@@ -52,6 +53,8 @@ class CaseResult:
     max_abs: float
     worst: float
     detail: str | None = None
+    relative_l2: float = 0.0
+    cosine: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -154,13 +157,25 @@ def judge_case(op: Op[..., Any], case: Case, backend: Backend, config: ModelConf
     try:
         found = _worst(_differences(op, args, backend, binding))
     except Exception as exc:  # a kernel may raise anything; one that does has failed this case
-        found = Difference(float("nan"), float("inf"), EXACT, f"{type(exc).__name__}: {exc}")
+        nan = float("nan")
+        found = Difference(nan, float("inf"), EXACT, f"{type(exc).__name__}: {exc}", nan, nan)
     status, detail = ("passed", None) if found.ok else ("failed", describe(found))
     if gap is not None:
         status, detail = ("unexpected pass", f"listed as a gap: {gap}") if found.ok else ("known gap", gap)
     bare = {row.op for row in binding.without_kernel}
     evidence = "reference" if op.name in bare else backend.evidence
-    return CaseResult(op.name, case.label, how, evidence, status, found.max_abs, found.worst, detail)
+    return CaseResult(
+        op.name,
+        case.label,
+        how,
+        evidence,
+        status,
+        found.max_abs,
+        found.worst,
+        detail,
+        found.relative_l2,
+        found.cosine,
+    )
 
 
 def _differences(
@@ -226,10 +241,11 @@ def _mutated(
 
 
 def _worst(found: Iterator[Difference]) -> Difference:
-    worst = Difference(0.0, 0.0, EXACT)
+    worst, apart, cosine = Difference(0.0, 0.0, EXACT), 0.0, 1.0
     for difference in found:
         if difference.problem is not None:
-            return difference
+            return replace(difference, relative_l2=float("nan"), cosine=float("nan"))
+        apart, cosine = max(apart, difference.relative_l2), min(cosine, difference.cosine)
         if difference.worst > worst.worst or (worst.worst == 0.0 and difference.max_abs > worst.max_abs):
             worst = difference
-    return worst
+    return replace(worst, relative_l2=apart, cosine=cosine)
