@@ -11,13 +11,19 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from v4sdk_bench.record import Value
+
+if TYPE_CHECKING:
+    import torch
 
 # a build that differs from itself by more than this was measured on a machine that does other things too
 MAX_NOISE = 0.10
 # rounds shorter than this are made of several calls, or the clock itself would be measured
 _SHORTEST_ROUND_S = 50e-6
+# and in pairs long enough that one interruption of the process does not decide a round
+_SHORTEST_PAIR_S = 5e-3
 
 Call = Callable[[], object]
 
@@ -153,7 +159,7 @@ def paired(a: Call, b: Call, budget_s: float, least: int = 5, sync: Call | None 
     """
     began = time.perf_counter()
     once = max(min(_round(call, 1, sync)[0] for _ in range(2)) for call in (a, b))
-    calls = max(1, math.ceil(_SHORTEST_ROUND_S / once)) if once > 0 else 1
+    calls = max(1, math.ceil(_SHORTEST_PAIR_S / once)) if once > 0 else 1
     rounds: list[tuple[float, float, float]] = []
     cpu: dict[int, list[float]] = {0: [], 1: []}
     while len(rounds) < least or time.perf_counter() - began < budget_s:
@@ -164,6 +170,35 @@ def paired(a: Call, b: Call, budget_s: float, least: int = 5, sync: Call | None 
             cpu[which % 2].append(processor)
         rounds.append((times[0], times[1], times[2]))
     return judge(rounds, statistics.median(cpu[0]), statistics.median(cpu[1]))
+
+
+def device_seconds(
+    call: Call,
+    device: torch.device,
+    rounds: int,
+    reset: Call | None = None,
+    event: Callable[[], Any] | None = None,
+) -> list[float]:
+    """Seconds that a call takes on the device's own clock: between two events in its queue, the host's share left out.
+
+    Args:
+        reset: called before each round, outside the timed part. event: makes an event; by default one of the device.
+    """
+    import torch
+
+    make = event or (lambda: torch.Event(device, enable_timing=True))
+    found = []
+    for _ in range(rounds):
+        if reset:
+            reset()
+        begin, end = make(), make()
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        # events tell milliseconds
+        found.append(begin.elapsed_time(end) / 1e3)
+    return found
 
 
 def judge(rounds: Sequence[tuple[float, float, float]], a_cpu_s: float = 0.0, b_cpu_s: float = 0.0) -> Paired:
