@@ -23,7 +23,7 @@ ROOMS = (
     ("config_file", "presets", "prompts", "tensors", "weight_formats", "weights"),
     ("headers", "ops"),
     ("backend", "checkpoint", "convert", "kv_cache"),
-    ("hookspecs", "memory", "model", "sequence", "testing"),
+    ("expert_parallel", "hookspecs", "memory", "model", "sequence", "testing"),
     ("decode", "info", "plugins", "state"),
     ("engine", "loading", "output"),
     ("scheduler",),

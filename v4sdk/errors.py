@@ -87,3 +87,9 @@ class StateError(V4Error):
 
 class Cancelled(V4Error):
     """Generation was cancelled; the sequence stands at its last completed chunk."""
+
+
+class RankLost(V4Error):
+    """One of several processes that work together has ended, or no longer answers."""
+
+    way_out = "start all processes again with the same torchrun line; --resume goes on from a saved state"

@@ -5,34 +5,41 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from v4sdk import hub, plugins
+from v4sdk import __version__, hub, plugins
 from v4sdk.backend import Backend, Binding, EngineConfig, bind
 from v4sdk.checkpoint import Checkpoint
 from v4sdk.config import ModelConfig
 from v4sdk.errors import CheckpointError, ConfigError, SamplingError
+from v4sdk.expert_parallel import Team
+from v4sdk.expert_parallel.exchange import expert_bounds
+from v4sdk.expert_parallel.experts import Bound, DistributedExperts, Share, drive, serve, shard, unrecorded
 from v4sdk.kv_cache import KVCache
 from v4sdk.memory import FreeMemory, check_growth, free_memory, plan_memory
 from v4sdk.model import Binder, V4Model
 from v4sdk.numerics import KVFormat, Numerics
 from v4sdk.numerics import kv_format as kv_format_of
 from v4sdk.numerics import numerics as numerics_of
+from v4sdk.ops import routed_experts
 from v4sdk.progress import OnProgress, Progress
 from v4sdk.prompts import Dialect
 from v4sdk.sampling import SamplingParams, eos_from_generation_config, params_from_generation_config
 from v4sdk.tokenizer import Tokenizer
-from v4sdk.weights import WeightSource
+from v4sdk.weights import ExpertWeights, WeightSource
 
 log = logging.getLogger("v4sdk")
 DEFAULT_NUMERICS = "fast"
 _PLANNED_TOKENS = 8192
+_EXPERT = re.compile(r"\.ffn\.experts\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,7 @@ class LoadOptions:
     strict: bool = False
     dialect: str | Dialect | None = None
     context_limit: int | None = None
+    team: Team | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,7 @@ class Loaded:
     Attributes:
         is_bundled: the small demonstration model that comes with the package.
         binding: how every op runs on this backend.
+        team: the ranks that hold experts; None where this process holds all.
     """
 
     folder: Path
@@ -88,6 +97,7 @@ class Loaded:
     model: V4Model
     cache: KVCache
     fingerprint: str
+    team: Team | None = None
 
 
 def bundled_folder() -> Path:
@@ -131,16 +141,16 @@ def open_model(model: str | Path | None, options: LoadOptions, on_progress: OnPr
     """Open and bind a model; every fault of the folder is found here, before the first token.
 
     Raises:
-        ConfigError, CheckpointError, PromptError, MemoryRefused, UnknownBackend, BackendUnavailable, KernelMismatch: see
-            their texts.
+        ConfigError, CheckpointError, PromptError, MemoryRefused, UnknownBackend, BackendUnavailable, KernelMismatch,
+        RankLost: see their texts.
     """
-    numerics = options.numerics or DEFAULT_NUMERICS
-    chosen = numerics if isinstance(numerics, Numerics) else numerics_of(numerics)
-    fmt = kv_format_of(options.kv_format, chosen)
-    backend = options.backend if isinstance(options.backend, Backend) else plugins.select(options.backend)
+    chosen, fmt, backend = _choices(options)
+    team = options.team
     folder = bundled_folder() if model is None else hub.resolve(model, options.revision, on_progress)
     with Checkpoint(folder) as checkpoint:
         config = checkpoint.config
+        if team:
+            expert_bounds(config.n_routed_experts, team.processes)
         settings = read_settings(folder, config)
         tokenizer = _tokenizer(folder, config)
         dialect = _dialect(folder, options.dialect)
@@ -155,8 +165,21 @@ def open_model(model: str | Path | None, options: LoadOptions, on_progress: OnPr
                 backend.name,
                 names,
             )
-        _plan(checkpoint, backend, fmt, options.context_limit, on_progress)
-        network = _bind_weights(checkpoint, backend, chosen, binding, on_progress)
+        _plan(checkpoint, _held_bytes(checkpoint, team), backend, fmt, options.context_limit, on_progress)
+        if team:
+            # what every rank would refuse alike has been refused here, once
+            team.tell({"do": "load"})
+        network = _bind_weights(checkpoint, backend, chosen, binding, on_progress, team)
+        if team:
+            drive(team, _facts(checkpoint, chosen, backend), backend.device)
+            bound = Bound.of(binding, config.swiglu_limit, chosen)
+            binding.table.set(routed_experts.name, DistributedExperts(team, bound, config.n_routed_experts))
+            backend = unrecorded(backend)
+            how = (
+                f"experts split over {team.processes} processes ({team.group_name}), schedule {team.schedule}"
+            )
+            log.info(how)
+            on_progress(Progress("notice", text=how))
         cache = KVCache(
             config,
             fmt,
@@ -165,8 +188,67 @@ def open_model(model: str | Path | None, options: LoadOptions, on_progress: OnPr
         )
         return Loaded(
             folder, model is None, config, settings, tokenizer, dialect, backend, chosen, fmt, binding, network, cache,
-            checkpoint.fingerprint(),
+            checkpoint.fingerprint(), team,
         )  # fmt: skip
+
+
+def serve_experts(model: str | Path | None, options: LoadOptions, on_progress: OnProgress) -> None:
+    """Hold this rank's experts of a model and serve them until the driver closes.
+
+    Raises:
+        V4Error: as `open_model`; RankLost too if another rank is gone.
+    """
+    team = options.team
+    assert team is not None
+    serve(team, lambda: _open_share(model, options, team, on_progress))
+
+
+def _open_share(model: str | Path | None, options: LoadOptions, team: Team, on_progress: OnProgress) -> Share:
+    chosen, fmt, backend = _choices(options)
+    folder = bundled_folder() if model is None else hub.resolve(model, options.revision, on_progress)
+    with Checkpoint(folder) as checkpoint, torch.inference_mode():
+        config = checkpoint.config
+        binding = bind(backend, config, EngineConfig(chosen, fmt, backend.capability()))
+        source, count = _source(checkpoint), config.n_routed_experts
+        layers = []
+        for spec in config.layers:
+            role = f"{spec.prefix}ffn"
+            whole = source.experts(role, count)
+            prepare = partial(backend.prepare_experts, f"{role}.experts")
+            layers.append(shard(whole, spec.index, team.rank, team.processes, prepare))
+            on_progress(Progress("load", len(layers), config.num_hidden_layers, "layers"))
+        bound = Bound.of(binding, config.swiglu_limit, chosen)
+        return Share(_facts(checkpoint, chosen, backend), layers, bound, backend.device, count)
+
+
+def _choices(options: LoadOptions) -> tuple[Numerics, KVFormat, Backend]:
+    numerics = options.numerics or DEFAULT_NUMERICS
+    chosen = numerics if isinstance(numerics, Numerics) else numerics_of(numerics)
+    backend = options.backend if isinstance(options.backend, Backend) else plugins.select(options.backend)
+    return chosen, kv_format_of(options.kv_format, chosen), backend
+
+
+def _facts(checkpoint: Checkpoint, chosen: Numerics, backend: Backend) -> Mapping[str, str]:
+    """What all ranks must have in common."""
+    return {
+        "v4sdk": __version__,
+        "model": checkpoint.fingerprint()[:16],
+        "numerics": str(chosen),
+        "backend": backend.name,
+    }
+
+
+def _held_bytes(checkpoint: Checkpoint, team: Team | None) -> int:
+    """Bytes of the tensors this process will use: all, less the experts of other ranks."""
+    if team is None:
+        return checkpoint.nbytes
+    bounds = expert_bounds(checkpoint.config.n_routed_experts, team.processes)
+    mine = range(bounds[team.rank], bounds[team.rank + 1])
+    return sum(
+        tensor.end - tensor.begin
+        for name, tensor in checkpoint.headers.tensors.items()
+        if not (found := _EXPERT.search(name)) or int(found[1]) in mine
+    )
 
 
 def _tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
@@ -199,6 +281,7 @@ def _free(backend: Backend) -> FreeMemory | None:
 
 def _plan(
     checkpoint: Checkpoint,
+    held_bytes: int,
     backend: Backend,
     fmt: KVFormat,
     context_limit: int | None,
@@ -208,8 +291,8 @@ def _plan(
     maps = backend.device.type == "cpu"
     plan = plan_memory(
         checkpoint.config,
-        mapped_bytes=checkpoint.nbytes if maps else 0,
-        resident_bytes=0 if maps else checkpoint.nbytes,
+        mapped_bytes=held_bytes if maps else 0,
+        resident_bytes=0 if maps else held_bytes,
         # the cache grows with use: without a limit only a start must fit
         context_tokens=context_limit or min(checkpoint.config.max_position_embeddings, _PLANNED_TOKENS),
         kv_format=fmt,
@@ -224,22 +307,27 @@ def _plan(
         on_progress(Progress("notice", text=warning))
 
 
+def _source(checkpoint: Checkpoint) -> WeightSource:
+    quantization = checkpoint.config.quantization
+    return WeightSource(checkpoint, quantization.block if quantization else (128, 128))
+
+
 def _bind_weights(
-    checkpoint: Checkpoint, backend: Backend, chosen: Numerics, binding: Binding, on_progress: OnProgress
-) -> V4Model:
+    checkpoint: Checkpoint, backend: Backend, chosen: Numerics, binding: Binding, on_progress: OnProgress,
+    team: Team | None,
+) -> V4Model:  # fmt: skip
     config = checkpoint.config
     blocks, total = 0, config.num_hidden_layers
 
-    def experts(role: str, weights: Any) -> Any:
+    def experts(role: str, weights: ExpertWeights) -> ExpertWeights:
         nonlocal blocks
-        placed = backend.prepare_experts(role, weights)
+        prepare = partial(backend.prepare_experts, role)
+        placed = shard(weights, blocks, team.rank, team.processes, prepare) if team else prepare(weights)
         blocks += 1
         on_progress(Progress("load", blocks, total, "layers"))
         return placed
 
-    block = config.quantization.block if config.quantization else (128, 128)
-    source = WeightSource(checkpoint, block)
-    binder = Binder(config, source, backend.prepare_weight, experts, backend.place)
+    binder = Binder(config, _source(checkpoint), backend.prepare_weight, experts, backend.place)
     with torch.inference_mode():
         return V4Model(binder, chosen, binding.table)
 

@@ -20,6 +20,7 @@ from v4sdk.backend import Backend
 from v4sdk.config import ModelConfig
 from v4sdk.engine import Engine
 from v4sdk.errors import Cancelled, ConfigError, MemoryRefused, StateError
+from v4sdk.expert_parallel import Team
 from v4sdk.numerics import KVFormat, Numerics
 from v4sdk.output import Piece, Result, Usage
 from v4sdk.progress import OnProgress, Progress, silent
@@ -88,7 +89,7 @@ class Session:
         numerics: str | Numerics | None = None, kv_format: str | None = None, context_limit: int | None = None,
         revision: str | None = None, strict: bool = False, dialect: str | Dialect | None = None,
         snapshot_interval: int = SNAPSHOT_INTERVAL, prefill_chunk: int = PREFILL_CHUNK, max_batch: int = MAX_BATCH,
-        on_progress: OnProgress | None = None,
+        ep: int | Team | None = None, on_progress: OnProgress | None = None,
     ) -> Session:  # fmt: skip
         """Load a model.
 
@@ -101,17 +102,51 @@ class Session:
             dialect: prompt dialect, where the folder does not say: `v4-april` or `v4-0731`.
             snapshot_interval: tokens between the snapshots that make `rewind` cheap.
             prefill_chunk: most tokens of one forward pass. max_batch: most prompts answered at once.
+            ep: share the routed experts among this many processes, or the ranks of a `Team`; this one is rank 0 and the
+                others call `Session.serve`. Closing the session dismisses them. See `v4sdk.expert_parallel`.
             on_progress: called during loading and prefill, and for notices.
 
         Raises:
             V4Error: naming what is wrong with the model, an option or the backend.
         """
-        options = loading.LoadOptions(backend, numerics, kv_format, revision, strict, dialect, context_limit)
-        loaded = loading.open_model(model, options, on_progress or silent)
-        return cls(
-            loaded, context_limit=context_limit, snapshot_interval=snapshot_interval, prefill_chunk=prefill_chunk,
-            max_batch=max_batch, on_progress=on_progress,
-        )  # fmt: skip
+        team = _team(ep)
+        if team and not team.is_driver:
+            raise ConfigError(
+                f"rank {team.rank} of {team.processes} cannot load a session, only rank 0 does",
+                hint="call Session.serve(...) there, with the same model and options",
+            )
+        options = loading.LoadOptions(
+            backend, numerics, kv_format, revision, strict, dialect, context_limit, team
+        )
+        try:
+            loaded = loading.open_model(model, options, on_progress or silent)
+            return cls(
+                loaded, context_limit=context_limit, snapshot_interval=snapshot_interval,
+                prefill_chunk=prefill_chunk, max_batch=max_batch, on_progress=on_progress,
+            )  # fmt: skip
+        except BaseException:
+            if team:
+                team.close()
+            raise
+
+    @staticmethod
+    def serve(
+        model: str | Path | None = None, *, ep: int | Team, backend: str | Backend | None = None,
+        numerics: str | Numerics | None = None, revision: str | None = None, on_progress: OnProgress | None = None,
+    ) -> None:  # fmt: skip
+        """Hold a share of the routed experts for the session of rank 0; returns when that is closed.
+
+        Args:
+            model, backend, numerics, revision: as rank 0 has them. ep: number of processes, or the `Team` joined before.
+
+        Raises:
+            RankLost: if another rank has ended. V4Error: as `load`.
+        """
+        team = _team(ep)
+        if team is None or team.is_driver:
+            raise ConfigError("rank 0 cannot serve, it drives", hint="call Session.load(...) there")
+        options = loading.LoadOptions(backend, numerics, None, revision, team=team)
+        loading.serve_experts(model, options, on_progress or silent)
 
     @property
     def loaded(self) -> loading.Loaded:
@@ -375,6 +410,8 @@ class Session:
                 scheduler.close()
             if self._engine is not None:
                 self._engine.close()
+            if self._loaded is not None and self._loaded.team is not None:
+                self._loaded.team.close()
             self._loaded = self._engine = None
             self._dropped.clear()
             self._abandoned.clear()
@@ -476,3 +513,9 @@ class Session:
         for _ in pieces:
             pass
         return [r.transcript.result for r in requests if r.transcript.result is not None]
+
+
+def _team(ep: int | Team | None) -> Team | None:
+    """The ranks this one works with; None where there are no others."""
+    team = Team.join(ep) if isinstance(ep, int) else ep
+    return team if team and team.processes > 1 else None

@@ -13,7 +13,7 @@ from v4sdk.cli.errors import show_error
 from v4sdk.cli.inputs import conversation
 from v4sdk.cli.serve import held_sequence, show
 from v4sdk.cli.settings import Settings
-from v4sdk.errors import PromptError, V4Error
+from v4sdk.errors import PromptError, RankLost, V4Error
 
 if TYPE_CHECKING:
     from v4sdk.output import Piece
@@ -100,6 +100,9 @@ class _Conversation:
 def _errors_end_the_turn() -> Iterator[None]:
     try:
         yield
+    except RankLost:
+        # no further turn can be answered
+        raise
     except V4Error as exc:
         show_error(exc)
 

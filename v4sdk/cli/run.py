@@ -5,14 +5,18 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from v4sdk.cli import inputs
+from v4sdk.cli import inputs, ranks
 from v4sdk.cli.chat import chat
 from v4sdk.cli.serve import answer, answer_requests, go_on, open_session
 from v4sdk.cli.settings import Settings
+from v4sdk.expert_parallel.team import SCHEDULES, TIMEOUT_S
+
+if TYPE_CHECKING:
+    from v4sdk.expert_parallel import Team
 
 _FILE = click.Path(path_type=Path, allow_dash=True)
 
@@ -64,6 +68,27 @@ class _Source:
 @click.option("--kv-format", metavar="NAME", help="float32, bf16 or native (default: as the numerics need).")
 @click.option("--dialect", metavar="NAME", help="Prompt dialect, where the folder does not say.")
 @click.option("--strict", is_flag=True, help="Refuse to run ops for which the backend has no kernel.")
+@click.option(
+    "--ep",
+    type=int,
+    metavar="N",
+    help="Share the routed experts among N processes: torchrun --nproc-per-node N --no-python v4sdk run --ep N ...",
+)
+@click.option(
+    "--ep-schedule",
+    type=click.Choice(SCHEDULES),
+    default="waves",
+    show_default=True,
+    help="Overlap exchange and computing of experts in waves, or do one after the other; the answer is the same.",
+)
+@click.option(
+    "--ep-timeout",
+    type=float,
+    default=TIMEOUT_S,
+    show_default=True,
+    metavar="SECONDS",
+    help="Longest wait for the other processes in one layer.",
+)
 @click.option("--system", metavar="TEXT", help="System message.")
 @click.option(
     "--thinking/--no-thinking", default=None, help="Reason before answering (default: as the model says)."
@@ -117,19 +142,26 @@ def run(
     }
     settings = Settings(sampling={k: v for k, v in sampling.items() if v is not None}, **options)
     settings.check()
-    if prompts is not None:
-        if settings.save or settings.resume:
-            raise click.UsageError(
-                "--prompts starts every request afresh, so --save and --resume do not go with it"
-            )
-        requests = inputs.read_requests(prompts, replace_invalid, settings.raw, settings.system)
-        with open_session(settings) as session:
+    if prompts is not None and (settings.save or settings.resume):
+        raise click.UsageError(
+            "--prompts starts every request afresh, so --save and --resume do not go with it"
+        )
+    with ranks.joined(settings) as team:
+        if team is not None and not team.is_driver:
+            return ranks.serve(team, settings)
+        return _drive(source, replace_invalid, settings, team)
+
+
+def _drive(source: _Source, replace_invalid: bool, settings: Settings, team: Team | None) -> int:
+    if source.prompts is not None:
+        requests = inputs.read_requests(source.prompts, replace_invalid, settings.raw, settings.system)
+        with open_session(settings, team) as session:
             return answer_requests(session, requests, settings)
     text = source.read(replace_invalid)
     if text is None and settings.resume is None:
         if sys.stdin is not None and sys.stdin.isatty():
-            with open_session(settings) as session:
+            with open_session(settings, team) as session:
                 return chat(session, settings)
         text = inputs.read_stdin(replace_invalid)
-    with open_session(settings) as session:
+    with open_session(settings, team) as session:
         return go_on(session, settings) if text is None else answer(session, text, settings)

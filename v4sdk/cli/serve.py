@@ -24,9 +24,10 @@ from v4sdk.cli.stream import (
     show_json,
     speed_line,
 )
-from v4sdk.errors import Cancelled, V4Error
+from v4sdk.errors import Cancelled, RankLost, V4Error
 
 if TYPE_CHECKING:
+    from v4sdk.expert_parallel import Team
     from v4sdk.output import Piece, Result, Usage
     from v4sdk.sequence import Sequence as HeldSequence
     from v4sdk.session import Session
@@ -36,13 +37,12 @@ _BATCH = 16
 
 
 @contextmanager
-def open_session(settings: Settings) -> Iterator[Session]:
+def open_session(settings: Settings, team: Team | None = None) -> Iterator[Session]:
     """Load the model, saying on stderr how far that is and what the user should know."""
     # torch comes with it: everything that can be refused without has been
     from v4sdk.session import Session
 
-    # notices arrive as progress; without a handler, logging would print each a second time
-    logging.getLogger("v4sdk").addHandler(logging.NullHandler())
+    quiet_log()
     progress = ProgressLine()
     session = Session.load(
         settings.model,
@@ -52,12 +52,18 @@ def open_session(settings: Settings) -> Iterator[Session]:
         revision=settings.revision,
         strict=settings.strict,
         dialect=settings.dialect,
+        ep=team,
         on_progress=progress,
     )
     progress.clear()
     with session:
         _introduce(session)
         yield session
+
+
+def quiet_log() -> None:
+    """Notices arrive as progress; without a handler, logging would print each a second time."""
+    logging.getLogger("v4sdk").addHandler(logging.NullHandler())
 
 
 def _introduce(session: Session) -> None:
@@ -168,6 +174,9 @@ def _outcomes(
         return list(zip(batch, results, strict=True))
     except Cancelled:
         return []
+    except RankLost:
+        # every further request would fail with it
+        raise
     except V4Error as exc:
         if len(batch) == 1:
             return [(batch[0], exc)]

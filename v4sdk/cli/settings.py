@@ -10,6 +10,7 @@ import click
 
 from v4sdk import numerics
 from v4sdk.errors import StateError
+from v4sdk.expert_parallel.team import TIMEOUT_S, Schedule, launch
 
 if TYPE_CHECKING:
     from v4sdk.sampling import SamplingParams
@@ -34,6 +35,9 @@ class Settings:
     save: Path | None
     resume: Path | None
     sampling: dict[str, Any] = field(default_factory=dict)
+    ep: int | None = None
+    ep_schedule: Schedule = "waves"
+    ep_timeout: float = TIMEOUT_S
 
     def check(self) -> None:
         """Refuse what can be refused before a model is loaded.
@@ -54,6 +58,8 @@ class Settings:
             )
         chosen = numerics.numerics(self.numerics) if self.numerics else numerics.FAST
         numerics.kv_format(self.kv_format, chosen)
+        if self.ep is not None:
+            launch(self.ep)
 
     def params(self, given: dict[str, Any] | None = None) -> SamplingParams:
         """Sampling parameters, those of one request over those of the command."""
