@@ -233,7 +233,7 @@ def timed_row(bench: Bench, case: OpCase, timed: Timed, ceilings: list[Ceiling],
     key, ready = f"ops/{case.label}", timed.ready
     rounds = Sample(tuple(timed.seconds), 0.0, load())
     about: dict[str, Value] = {
-        "error": ready.worst, "moved_bytes": ready.cost.bytes, "flops": ready.cost.flops, "how": ready.how,
+        "error": ready.worst, "read_bytes": ready.cost.read_bytes, "write_bytes": ready.cost.write_bytes, "flops": ready.cost.flops, "how": ready.how,
         "in_cache": ready.in_cache,
     }  # fmt: skip
     row = Row(
