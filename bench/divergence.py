@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from v4sdk import Session
-from v4sdk.prompts import encode_chat
-from v4sdk_bench.tasks import TASKS, held_out
+from v4sdk_bench.agreement import Text, score
+from v4sdk_bench.agreement import compare as compare_scored
+from v4sdk_bench.dialogues import dialogues, written
+from v4sdk_bench.metrics import BF16_MEAN_KL
 
-MEAN_KL_LIMIT = 2e-3
+MEAN_KL_LIMIT = BF16_MEAN_KL
 
 
 @dataclass(frozen=True)
@@ -35,23 +34,6 @@ class Divergence:
     mean_everywhere: float
 
 
-def dialogues(session: Session, count: int) -> list[list[int]]:
-    """Token ids of `count` held-out dialogues of every task, answers included."""
-    return [
-        session.tokenizer.encode_spans(
-            encode_chat(
-                list(d.messages),
-                session.dialect,
-                thinking=session.default_thinking,
-                tools=list(d.tools) or None,
-                add_generation_prompt=False,
-            )
-        )
-        for task in TASKS
-        for d in held_out(task, count)
-    ]
-
-
 def compare(
     model: str | None, other: str = "fast", reference: str = "reference", count: int = 4,
     prompts: Sequence[list[int]] | None = None,
@@ -61,28 +43,8 @@ def compare(
         Session.load(model, backend="cpu", numerics=reference) as a,
         Session.load(model, backend="cpu", numerics=other) as b,
     ):
-        kl, same, written = [], [], []
-        for ids in prompts if prompts is not None else dialogues(a, count):
-            p, q = a.logits(ids).log_softmax(-1), b.logits(ids).log_softmax(-1)
-            kl.append((p.exp() * (p - q)).sum(-1))
-            same.append(p.argmax(-1) == q.argmax(-1))
-            written.append(_written(a, ids))
-    every, own = torch.cat(kl).double(), torch.cat(written)
-    answers, agree = every[own], torch.cat(same)[own].double()
-    return Divergence(
-        float(answers.mean()), float(answers.max()), float(agree.mean()), len(answers), float(every.mean())
-    )
-
-
-def _written(session: Session, ids: list[int]) -> Tensor:
-    """Positions whose next token belongs to an assistant's turn, the token that sets its mode left out; all if none does."""
-    assistant, end = session.tokenizer.control_id(session.dialect.assistant), session.tokenizer.eos_id
-    mine, since = [], len(ids)
-    for at, token in enumerate(ids):
-        mine.append(at > since + 1)
-        if token == assistant:
-            since = at
-        elif token == end:
-            since = len(ids)
-    shifted = torch.tensor([*mine[1:], False])
-    return shifted if shifted.any() else torch.ones(len(ids), dtype=torch.bool)
+        read = prompts if prompts is not None else dialogues(a, count)
+        text = Text.every(read, "dialogues", [written(a, ids) for ids in read])
+        found = compare_scored(score(a.loaded, text), score(b.loaded, text), text, a.config)
+    own = found.counted
+    return Divergence(own.kl_mean, own.kl_max, own.top1, own.positions, found.everywhere.kl_mean)

@@ -19,6 +19,7 @@ from v4sdk.ops.compressor import index_scores
 from v4sdk.ops.op import OpTable
 from v4sdk.ops.rows import load_index
 from v4sdk.weights import WeightSource
+from v4sdk_bench.metrics import relative_l2
 
 DECODE_FROM = 130
 DECODE_KEY = f"decode_logits_from_{DECODE_FROM}"
@@ -123,6 +124,11 @@ def same_sets(a: Tensor, b: Tensor) -> Tensor:
     return (a.sort(-1).values == b.sort(-1).values).all(-1)
 
 
+def sets_agree(a: Tensor, b: Tensor) -> Tensor:
+    """As `same_sets`, and no row agrees where the number of choices differs."""
+    return same_sets(a, b) if a.shape == b.shape else torch.zeros(b.shape[0], dtype=torch.bool)
+
+
 @dataclass(frozen=True)
 class LayerDifference:
     """One layer from the golden streams of the layer before.
@@ -179,11 +185,6 @@ def mtp_difference(golden: Golden) -> float:
     streams = golden.expected[f"streams_after_layer_{last}"][0]
     found = mtp_logits(golden, golden.model(REFERENCE), streams, "native")
     return relative_l2(found, golden.expected["mtp_logits"][0])
-
-
-def relative_l2(a: Tensor, b: Tensor) -> float:
-    """|a - b| / |b|."""
-    return float((a.double() - b.double()).norm() / b.double().norm())
 
 
 def _recording(scores: list[Callable[[Tensor], Tensor]]) -> Callable[..., Tensor]:

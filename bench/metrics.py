@@ -19,6 +19,7 @@ from v4sdk.config import ModelConfig
 from v4sdk.errors import ShapeError
 
 Verdict = Literal["same model", "same within precision", "drifted", "different model"]
+VERDICTS: tuple[Verdict, ...] = ("same model", "same within precision", "drifted", "different model")
 Tier = Literal["exact", "float32", "bf16", "quantised", "drifted", "different"]
 
 # The tiers, from measurements of several engines on the same weights: an engine against itself moves 3e-4 to 8e-4, BF16
@@ -28,6 +29,9 @@ FLOAT32_RELATIVE = 1e-5
 BF16_MEAN_KL = 2e-3
 QUANTISED_MEAN_KL = 1e-2
 DIFFERENT_MEAN_KL = 5e-2
+# between two runs without roundings: what chunks and decode steps of one engine may differ by, and ten times that
+EXACT_SAME_RELATIVE = 1e-4
+EXACT_DRIFTED_RELATIVE = 1e-3
 
 TOP = 5
 BUCKETS = ("0-3", "4-7", "8-127", "128-131", "to the top-k limit", "beyond")
@@ -188,21 +192,36 @@ _KL_TIERS: tuple[tuple[Tier, float], ...] = (
     ("quantised", QUANTISED_MEAN_KL),
     ("drifted", DIFFERENT_MEAN_KL),
 )
+_EXACT_LIMITS: tuple[tuple[Verdict, float], ...] = (
+    ("same within precision", EXACT_SAME_RELATIVE),
+    ("drifted", EXACT_DRIFTED_RELATIVE),
+)
 
 
-def verdict(found: Agreement, same_backend: bool = False) -> Verdict:
+def verdict(found: Agreement, same_backend: bool = False, rounded: bool = True) -> Verdict:
     """The tier in words.
 
     Args:
         same_backend: both sides are the same build with the same options, from which equal bits are expected: then a
             difference of float32 noise is already `same within precision`.
+        rounded: a side rounds. If neither does, only the order of summation is left to differ, and no KL excuses more.
     """
     reached = tier(found)
     if reached == "exact" or (reached == "float32" and not same_backend):
         return "same model"
+    if not rounded:
+        for words, limit in _EXACT_LIMITS:
+            if found.relative_l2 <= limit:
+                return words
+        return "different model"
     if reached in ("float32", "bf16", "quantised"):
         return "same within precision"
     return "drifted" if reached == "drifted" else "different model"
+
+
+def overall(*verdicts: Verdict) -> Verdict:
+    """The worst of several."""
+    return max(verdicts, key=VERDICTS.index)
 
 
 def _in_float64(reference: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
