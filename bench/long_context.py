@@ -1,7 +1,8 @@
 """Memory and agreement at long context: `python -m v4sdk_bench.long_context`.
 
 Every measurement is a process of its own, so that its peak resident size is its own. Prints what the KV formula says
-beside what was measured, and how far two chunk sizes differ in exact numerics. Minutes of work; shows progress.
+beside what was measured, and how far two chunk sizes differ in exact numerics. Minutes of work; shows progress. The suite `model`
+of `v4sdk bench run` measures the same.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from v4sdk_bench.stage import BenchError
 
 _MIB = 1 << 20
 SHORT, LONG = 16_384, 131_072
@@ -54,23 +58,50 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _child(
-    model: str | None, num_tokens: int, numerics: str | None, chunk: int | None, logits: Path | None
-) -> dict[str, Any]:
+def in_a_process(
+    model: str | None, num_tokens: int, numerics: str | None, chunk: int | None, logits: Path | None,
+    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+) -> dict[str, Any]:  # fmt: skip
+    """Run `measure` in a process of its own, so that the peak is its own.
+
+    Raises:
+        BenchError: if it fails.
+    """
     job = json.dumps([model, num_tokens, numerics, chunk, str(logits) if logits else None])
-    print(
-        f"reading {num_tokens:,} tokens ({numerics or 'default numerics'}, chunk {chunk or 'default'}) ...",
-        file=sys.stderr,
-    )
+    say(f"reading {num_tokens:,} tokens ({numerics or 'default numerics'}, chunk {chunk or 'default'}) ...")
     done = subprocess.run(
         [sys.executable, "-m", "v4sdk_bench.long_context", "--job", job],
         stdout=subprocess.PIPE,
         text=True,
-        check=True,
+        check=False,
     )
+    if done.returncode:
+        raise BenchError(
+            f"reading {num_tokens:,} tokens ended with code {done.returncode}",
+            hint=f"python -m v4sdk_bench.long_context --job '{job}' shows why",
+        )
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    print(f"  {found['elapsed_s']:.0f} s, peak {found['rss_peak_bytes'] / _MIB:.0f} MiB", file=sys.stderr)
+    say(f"  {found['elapsed_s']:.0f} s, peak {found['rss_peak_bytes'] / _MIB:.0f} MiB")
     return found
+
+
+def growth(short: dict[str, Any], long: dict[str, Any]) -> tuple[int, int, float]:
+    """Peak memory from the short to the long context: (measured, by the KV formula, limit)."""
+    formula = long["kv_bytes"] - short["kv_bytes"]
+    return long["rss_peak_bytes"] - short["rss_peak_bytes"], formula, 1.1 * formula + RSS_SLACK_BYTES
+
+
+def workspace(run: dict[str, Any]) -> int:
+    """Memory beside weights and KV rows while a prompt was read."""
+    return int(run["rss_peak_bytes"] - run["rss_before_bytes"] - run["kv_bytes"])
+
+
+def chunk_difference(runs: Sequence[Path]) -> float:
+    """Relative L2 of the last logits of two runs."""
+    import torch
+
+    one, two = (torch.load(path, weights_only=True).double() for path in runs)
+    return float((one - two).norm() / two.norm())
 
 
 def main() -> int:
@@ -88,11 +119,9 @@ def main() -> int:
         model, num_tokens, numerics, chunk, logits = json.loads(args.job)
         print(json.dumps(measure(model, num_tokens, numerics, chunk, Path(logits) if logits else None)))
         return 0
-    short, long = (_child(args.model, n, None, None, None) for n in args.tokens)
-    grown = long["rss_peak_bytes"] - short["rss_peak_bytes"]
-    formula = long["kv_bytes"] - short["kv_bytes"]
-    limit = 1.1 * formula + RSS_SLACK_BYTES
-    workspaces = [r["rss_peak_bytes"] - r["rss_before_bytes"] - r["kv_bytes"] for r in (short, long)]
+    short, long = (in_a_process(args.model, n, None, None, None) for n in args.tokens)
+    grown, formula, limit = growth(short, long)
+    workspaces = [workspace(run) for run in (short, long)]
     span = f"peak RSS({long['tokens']:,}) - peak RSS({short['tokens']:,})"
     kinds = f"{', '.join(long['kinds'])}; {long['index_topk']}"
     rows = [
@@ -116,15 +145,11 @@ def main() -> int:
 
 
 def _compare_chunks(model: str | None, num_tokens: int, record: dict[str, Any]) -> tuple[str, str, str, bool]:
-    import torch
-
     with tempfile.TemporaryDirectory() as folder:
-        last = []
-        for chunk in CHUNKS:
-            path = Path(folder) / f"{chunk}.pt"
-            record["runs"].append(_child(model, num_tokens, "exact", chunk, path))
-            last.append(torch.load(path, weights_only=True).double())
-    error = float((last[0] - last[1]).norm() / last[1].norm())
+        paths = [Path(folder) / f"{chunk}.pt" for chunk in CHUNKS]
+        for chunk, path in zip(CHUNKS, paths, strict=True):
+            record["runs"].append(in_a_process(model, num_tokens, "exact", chunk, path))
+        error = chunk_difference(paths)
     record["chunk_relative_l2"] = error
     name = f"exact, last logits, chunks of {CHUNKS[0]} and {CHUNKS[1]:,}"
     return name, f"{error:.1e}", f"{CHUNK_LIMIT:.0e}", error <= CHUNK_LIMIT
