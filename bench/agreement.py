@@ -237,18 +237,21 @@ class Comparison:
     picks: float | None
     worst_choice: str
     same_side: bool
+    rounded: bool
 
     @property
     def verdict(self) -> Verdict:
-        """In words, over what counts."""
-        return verdict(self.counted, self.same_side)
+        """In words, over what counts; where nothing is rounded, over everything."""
+        return verdict(self.counted if self.rounded else self.everywhere, self.same_side, self.rounded)
 
 
-def compare(a: Scored, b: Scored, text: Text, config: ModelConfig, same_side: bool = False) -> Comparison:
+def compare(
+    a: Scored, b: Scored, text: Text, config: ModelConfig, same_side: bool = False, rounded: bool = True
+) -> Comparison:
     """Put two sides' results beside each other.
 
     Args:
-        same_side: both are the same build with the same options.
+        same_side: both are the same build with the same options. rounded: a side rounds anything.
     """
     counted = text.counted
     counted = counted if counted.any() else torch.ones_like(counted)
@@ -264,6 +267,7 @@ def compare(a: Scored, b: Scored, text: Text, config: ModelConfig, same_side: bo
         _mean(shares, "index_topk"),
         f"{worst}: {shares[worst]:.4f}" if worst else "",
         same_side,
+        rounded,
     )
 
 
