@@ -1,0 +1,57 @@
+"""What a suite found, as rows that answer claims of the ledger: claimed, found, and whether they agree as it demands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from v4sdk.backend import Evidence
+from v4sdk_bench.claims import Claim
+from v4sdk_bench.record import SPEED_ENDINGS, Row, Value, judged, not_run
+
+
+def answer(
+    claim: Claim,
+    key: str,
+    found: float,
+    *,
+    more: Mapping[str, Value] | None = None,
+    limits: Mapping[str, float] | None = None,
+    setting: Mapping[str, Value] | None = None,
+    note: str = "",
+    evidence: Evidence = "reference",
+    seed: int | None = None,
+) -> Row:
+    """Make the row of one figure: claimed, found, and whether they agree as the ledger demands.
+
+    Args:
+        more: further values. limits: on those. A failed row keeps no speeds.
+    """
+    figure = claim.figure(key)
+    claimed: Value = list(figure.claimed) if isinstance(figure.claimed, tuple) else figure.claimed
+    values: dict[str, Value] = {"claimed": claimed, "found": found}
+    if not isinstance(figure.claimed, tuple):
+        values["deviation"] = abs(found - figure.claimed)
+    values |= more or {}
+    every = {**figure.limits, **(limits or {})}
+    state = judged(values, every)
+    if state == "failed":
+        values = {name: value for name, value in values.items() if not name.endswith(SPEED_ENDINGS)}
+        every = {name: limit for name, limit in every.items() if name.removeprefix(">=") in values}
+    basis = "arithmetic, nothing was measured" if claim.status == "reproduced by arithmetic" else ""
+    return Row(
+        key, f"{figure.what} ({figure.unit})", state, evidence, values, every, dict(setting or {}),
+        "; ".join(text for text in (basis, note) if text), command(key), seed,
+    )  # fmt: skip
+
+
+def untestable(claim: Claim) -> list[Row]:
+    """The rows of a claim that cannot be tested here: not run, with what they need."""
+    return [
+        not_run(figure.key, f"{figure.what} ({figure.unit})", f"needs {claim.needs}", command=command(figure.key))
+        for figure in claim.figures
+    ]  # fmt: skip
+
+
+def command(key: str) -> str:
+    """The shell command that reproduces a row."""
+    return f"v4sdk bench run --suite claims --only {key}"

@@ -1,0 +1,193 @@
+"""Stages of the claims suite about the context: cache bytes really allocated, work that does not grow, the price of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from v4sdk_bench import arithmetic, context_cost, kv_allocation
+from v4sdk_bench.answers import answer, command
+from v4sdk_bench.claim_figures import MODELS
+from v4sdk_bench.claims import ledger
+from v4sdk_bench.record import Row, Value, not_run
+from v4sdk_bench.stage import Bench
+
+_LENGTHS = (8_192, 65_536, 262_144, 1_048_576)
+# shorter caches consist of scratch and windows in large part: their share says nothing of a long context
+_LEAST_LENGTH = 262_144
+_COMPRESSED_TOKENS = 1024
+
+
+def allocated(bench: Bench, lengths: tuple[int, ...] = _LENGTHS, least: int = _LEAST_LENGTH) -> Iterator[Row]:
+    """Caches of the released shapes, really allocated."""
+    claim = ledger().claim("kv-allocated")
+    for key in filter(bench.wants, claim.keys):
+        model = key.rpartition("/")[2]
+        config, base = MODELS[model], arithmetic.v32_kv_bytes_per_token()
+        fitting = [n for n in lengths if kv_allocation.fits(config, n, bench.backend)]
+        if not fitting or fitting[-1] < least:
+            why = f"no room for the cache of {least:,} tokens beside what is in use"
+            yield not_run(key, claim.figure(key).what, why, command=command(key))
+            continue
+        found: list[kv_allocation.Allocation] = []
+        for n in fitting:
+            # one length always: the time for the others was not given
+            if found and bench.left() <= 0:
+                break
+            bench.say(f"allocating the cache of {model} for {n:,} tokens")
+            found.append(kv_allocation.allocate(config, n, bench.backend))
+        last = found[-1]
+        if last.num_tokens < least:
+            why = f"the stage's time was up at {last.num_tokens:,} tokens, the claim needs {least:,}"
+            yield not_run(key, claim.figure(key).what, why, command=command(key))
+            continue
+        more: dict[str, Value] = {
+            "tokens": last.num_tokens,
+            "v32_bytes": base * last.num_tokens,
+            "share_by_tokens": {f"{a.num_tokens:,}": a.tensor_bytes / (base * a.num_tokens) for a in found},
+            "tensor_bytes_by_tokens": {f"{a.num_tokens:,}": a.tensor_bytes for a in found},
+            "resident_bytes_by_tokens": {f"{a.num_tokens:,}": a.resident_bytes for a in found},
+            "formula_error_bytes": max(abs(a.own_bytes - a.formula_bytes) for a in found),
+        }
+        limits = {"formula_error_bytes": 0.0}
+        if last.resident_bytes is not None:
+            more["resident_share"] = last.resident_bytes / last.tensor_bytes
+            # the allocator may hold back what an earlier, smaller cache freed
+            limits |= {"resident_share": 1.1, ">=resident_share": 0.9}
+        share = last.tensor_bytes / (base * last.num_tokens)
+        setting: dict[str, Value] = {
+            "config": f"v4-{model}",
+            "kv_format": "native",
+            "tokens": last.num_tokens,
+        }
+        yield answer(
+            claim, key, share, more=more, limits=limits, setting=setting, evidence=bench.backend.evidence
+        )
+
+
+def bounded(
+    bench: Bench, contexts: tuple[int, int] = (8_192, 131_072), budget_s: float = 4.0
+) -> Iterator[Row]:
+    """Work that does not grow with the context: picked rows, picks, experts."""
+    evidence, (short, long) = bench.backend.evidence, contexts
+    claim = ledger().claim("sparse-attention")
+    rows, time = claim.keys
+    setting: dict[str, Value] = {"shape": "v4-flash, CSA", "short": short, "long": long}
+    if bench.wants(rows):
+        near, far = (context_cost.attention_reading(bench.backend, n, bench.seed) for n in contexts)
+        more: dict[str, Value] = {
+            "rows_at_short": near.rows,
+            "visible_entries": far.entries,
+            "differing_outputs": near.differing + far.differing,
+        }
+        yield answer(
+            claim,
+            rows,
+            far.rows,
+            more=more,
+            limits={"differing_outputs": 0},
+            setting=setting,
+            evidence=evidence,
+            seed=bench.seed,
+        )
+    if bench.wants(time):
+        times, by_bytes, by_flops = context_cost.attention_growth(
+            bench.backend, short, long, budget_s, bench.seed
+        )
+        more = {
+            "bytes_growth": by_bytes,
+            "flops_growth": by_flops,
+            "noise": times.noise,
+            "long_median_s": times.a.median,
+            "short_median_s": times.b.median,
+        }
+        note = f"the same call differs from itself by {times.noise:.0%}"
+        yield answer(
+            claim,
+            time,
+            times.ratio,
+            more=more,
+            setting=setting,
+            note=note,
+            evidence=evidence,
+            seed=bench.seed,
+        )
+    claim = ledger().claim("index-recall")
+    if bench.wants(claim.keys[0]):
+        recall = partial(context_cost.score_recall, bench.backend, 65_536, 16, bench.seed)
+        setting = {"shape": "v4-flash", "tokens": 65_536, "queries": 16}
+        yield answer(
+            claim,
+            claim.keys[0],
+            recall(),
+            more={"with_head_weights_of_one_sign": recall(positive=True)},
+            setting=setting,
+            evidence=evidence,
+            seed=bench.seed,
+        )
+    claim = ledger().claim("experts-per-token")
+    if bench.wants(claim.keys[0]):
+        fewest, most, experts = context_cost.experts_per_token(bench.backend)
+        yield answer(
+            claim,
+            claim.keys[0],
+            most,
+            more={"fewest": fewest, "experts": experts},
+            limits={">=fewest": 6},
+            evidence=evidence,
+        )
+
+
+def whole_model(bench: Bench, long: int | None = None, budget_s: float = 6.0) -> Iterator[Row]:
+    """Entries that appear in the cache, and the price of context, on the model under test."""
+    compression, growth = ledger().claim("compression"), ledger().claim("decode-context")
+    if not any(bench.wants(key) for key in (*compression.keys, *growth.keys)):
+        return
+    long = long or (8_192 if bench.quick else 131_072)
+    evidence = bench.backend.evidence
+    with context_cost.opened(bench.backend, str(bench.model) if bench.model else None) as loaded:
+        setting: dict[str, Value] = {"model": loaded.fingerprint}
+        written = context_cost.entries_written(loaded, _COMPRESSED_TOKENS)
+        for key, ratio in zip(compression.keys, (4, 128), strict=True):
+            if not bench.wants(key):
+                continue
+            counts = written.get(ratio)
+            if not counts:
+                why = f"the model under test has no layer that compresses {ratio} tokens"
+                yield not_run(key, compression.figure(key).what, why, command=command(key))
+                continue
+            worst = max(counts, key=lambda n: abs(_COMPRESSED_TOKENS / max(n, 1) - ratio))
+            more: dict[str, Value] = {"tokens": _COMPRESSED_TOKENS, "entries_by_layer": counts}
+            yield answer(
+                compression,
+                key,
+                _COMPRESSED_TOKENS / max(worst, 1),
+                more=more,
+                setting=setting,
+                evidence=evidence,
+            )
+        (key,) = growth.keys
+        if not bench.wants(key):
+            return
+        short = 512
+        bench.say(f"decode steps behind {short:,} and {long:,} tokens")
+        grown = context_cost.decode_growth(loaded, short, long, budget_s)
+        times = grown.times
+        more = {
+            "bytes_growth": grown.bytes,
+            "flops_growth": grown.flops,
+            "context_growth": long / short,
+            "noise": times.noise,
+            "long_median_s": times.a.median,
+            "short_median_s": times.b.median,
+        }
+        yield answer(
+            growth,
+            key,
+            times.ratio,
+            more=more,
+            setting=setting | {"short": short, "long": long},
+            evidence=evidence,
+            note="zero rows stand in for the context; they cost what real ones cost; "
+            f"the same step differs from itself by {times.noise:.0%}",
+        )
