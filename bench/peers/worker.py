@@ -104,7 +104,7 @@ def main() -> None:
             engine = engine or adapter(Path(sys.argv[1]))
             found = answer(engine, ask, scratch)
         except Exception as exc:  # whatever an engine raises is the answer
-            found = {"error": f"{type(exc).__name__}: {exc}"}
+            found = {"error": " ".join(f"{type(exc).__name__}: {exc}".split())[:500]}
         print(json.dumps(found), file=answers, flush=True)
 
 
