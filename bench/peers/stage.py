@@ -52,6 +52,7 @@ from v4sdk_bench.peers.rows import (
     load_row,
     parity_row,
     ratio_row,
+    reads_memory,
     skipped_row,
     speed_row,
     with_ceilings,
