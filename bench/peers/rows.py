@@ -166,20 +166,16 @@ def speed_row(
             except BenchError as exc:
                 return Row(state="failed", values={"version": run.about["version"]}, note=exc.message, **made)
         else:
-            note = "; ".join(
-                [
-                    *([note] if note else []),
-                    "caches hold a good part of the weights: no share of memory's bandwidth",
-                ]
-            )
+            cached = "caches hold a good part of the weights: no share of memory's bandwidth"
+            note = f"{note}; {cached}" if note else cached
     return Row(state="info", values=values, note=note, **made)
 
 
 def reads_memory(config: ModelConfig, stored: Stored) -> bool:
     """Whether the weights of a token are too many for caches to hold a good part of them."""
-    return bytes_per_token(config, stored) >= _TIMES_CACHE * limits.last_level_cache_bytes(
-        torch.device("cpu")
-    )
+    size: int = bytes_per_token(config, stored)
+    cache: int = limits.last_level_cache_bytes(torch.device("cpu"))
+    return size >= _TIMES_CACHE * cache
 
 
 def _share(size: int, seconds: float, ceilings: Sequence[limits.Ceiling]) -> float:
