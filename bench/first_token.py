@@ -12,6 +12,7 @@ import sys
 import time
 
 LIMIT_S = 1.0
+PROMPT = "What is 347 + 285?"
 _IMPORT = [sys.executable, "-c", "import torch"]
 _RUN = [sys.executable, "-m", "v4sdk", "run", "--json"]
 
@@ -38,21 +39,26 @@ def time_first_token(prompt: str) -> float:
     raise RuntimeError("`v4sdk run` ended without a token")
 
 
+def pairs(count: int, prompt: str = PROMPT) -> list[tuple[float, float]]:
+    """Seconds of (import, first token), measured in turns; once each before, so that files are in memory."""
+    time_import()
+    time_first_token(prompt)
+    return [(time_import(), time_first_token(prompt)) for _ in range(count)]
+
+
 def main() -> int:
     """Measure pairs; exit 1 above the limit."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--prompt", default="What is 347 + 285?")
+    parser.add_argument("--prompt", default=PROMPT)
     args = parser.parse_args()
-    # once each, so that files are in memory
-    time_import(), time_first_token(args.prompt)
-    pairs = [(time_import(), time_first_token(args.prompt)) for _ in range(args.pairs)]
-    differences = [run - imported for imported, run in pairs]
+    measured = pairs(args.pairs, args.prompt)
+    differences = [run - imported for imported, run in measured]
     middle = statistics.median(differences)
-    print(f"import torch      {statistics.median(p[0] for p in pairs):.2f} s (median of {args.pairs})")
-    print(f"first token       {statistics.median(p[1] for p in pairs):.2f} s")
+    print(f"import torch      {statistics.median(p[0] for p in measured):.2f} s (median of {args.pairs})")
+    print(f"first token       {statistics.median(p[1] for p in measured):.2f} s")
     print(
         f"{'ok  ' if middle <= LIMIT_S else 'FAIL'} difference   {middle:.2f} s, from {min(differences):.2f} to "
         f"{max(differences):.2f}, limit {LIMIT_S:.1f} s"

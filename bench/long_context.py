@@ -29,8 +29,9 @@ CHUNK_LIMIT = 1e-4
 
 
 def measure(
-    model: str | None, num_tokens: int, numerics: str | None, chunk: int | None, logits: Path | None
-) -> dict[str, Any]:
+    model: str | None, num_tokens: int, numerics: str | None, chunk: int | None, logits: Path | None,
+    backend: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Read `num_tokens` random tokens in this process and report peak memory; optionally keep the last logits."""
     import torch
 
@@ -38,7 +39,7 @@ def measure(
     from v4sdk.kv_cache import kv_bytes
 
     options: dict[str, Any] = {"prefill_chunk": chunk} if chunk else {}
-    with Session.load(model, numerics=numerics, **options) as session:
+    with Session.load(model, backend=backend, numerics=numerics, **options) as session:
         generator = torch.Generator().manual_seed(num_tokens)
         ids = torch.randint(0, session.config.vocab_size, (num_tokens,), generator=generator).tolist()
         before, began = _peak_bytes(), time.perf_counter()
@@ -60,14 +61,14 @@ def _peak_bytes() -> int:
 
 def in_a_process(
     model: str | None, num_tokens: int, numerics: str | None, chunk: int | None, logits: Path | None,
-    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr), backend: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Run `measure` in a process of its own, so that the peak is its own.
 
     Raises:
         BenchError: if it fails.
     """
-    job = json.dumps([model, num_tokens, numerics, chunk, str(logits) if logits else None])
+    job = json.dumps([model, num_tokens, numerics, chunk, str(logits) if logits else None, backend])
     say(f"reading {num_tokens:,} tokens ({numerics or 'default numerics'}, chunk {chunk or 'default'}) ...")
     done = subprocess.run(
         [sys.executable, "-m", "v4sdk_bench.long_context", "--job", job],
@@ -116,8 +117,9 @@ def main() -> int:
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
-        model, num_tokens, numerics, chunk, logits = json.loads(args.job)
-        print(json.dumps(measure(model, num_tokens, numerics, chunk, Path(logits) if logits else None)))
+        model, num_tokens, numerics, chunk, logits, backend = json.loads(args.job)
+        found = measure(model, num_tokens, numerics, chunk, Path(logits) if logits else None, backend)
+        print(json.dumps(found))
         return 0
     short, long = (in_a_process(args.model, n, None, None, None) for n in args.tokens)
     grown, formula, limit = growth(short, long)
