@@ -29,7 +29,8 @@ def answer(
     figure = claim.figure(key)
     claimed: Value = list(figure.claimed) if isinstance(figure.claimed, tuple) else figure.claimed
     values: dict[str, Value] = {"claimed": claimed, "found": found}
-    if not isinstance(figure.claimed, tuple):
+    # beside a bound the distance to the published figure would only mislead
+    if not isinstance(figure.claimed, tuple) and figure.at_most is None and figure.at_least is None:
         values["deviation"] = abs(found - figure.claimed)
     values |= more or {}
     every = {**figure.limits, **(limits or {})}

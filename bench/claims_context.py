@@ -188,6 +188,6 @@ def whole_model(bench: Bench, long: int | None = None, budget_s: float = 6.0) ->
             more=more,
             setting=setting | {"short": short, "long": long},
             evidence=evidence,
-            note="zero rows stand in for the context; they cost what real ones cost; "
+            note="random rows stand in for the context, which costs what real ones cost; "
             f"the same step differs from itself by {times.noise:.0%}",
         )

@@ -1,7 +1,7 @@
 """What the context costs a decoded token: rows that attention reads, entries that are kept, picks, and time.
 
 Ops run as the backend binds them, on their own generated inputs at the shape of V4-Flash; whole steps run on the model under
-test. A long context is made, not read: rows of the cache are random or zero, which costs what real ones cost.
+test. A long context is made, not read: rows of the cache are random, which costs what real ones cost.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 
@@ -23,10 +23,9 @@ from v4sdk.ops.op import Cost, Op, OpTable
 from v4sdk.ops.rows import entry_rows
 from v4sdk.presets import V4_FLASH
 from v4sdk.testing.arguments import on_backend
+from v4sdk_bench.op_counts import counted
+from v4sdk_bench.synthetic_kv import fill
 from v4sdk_bench.timing import Paired, paired
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 _HOST = torch.device("cpu")
 # the byte no cache row of a working model is full of: NaN in FP8 and in UE8M0
@@ -170,50 +169,22 @@ def decode_growth(loaded: Loaded, short: int, long: int, budget_s: float) -> Gro
     """Time one decode step behind `long` and behind `short` tokens of context, in turns, and count both."""
     with torch.inference_mode():
         deep, near = _step(loaded, long), _step(loaded, short)
-        a, b = counted(loaded, deep), counted(loaded, near)
+        a, b = _step_cost(loaded, deep), _step_cost(loaded, near)
         times = paired(deep, near, budget_s, sync=loaded.backend.synchronize)
     return Growth(times, a.bytes / b.bytes, a.flops / b.flops)
 
 
 def _step(loaded: Loaded, context: int) -> Callable[[], object]:
     rows = loaded.cache.allocate()
+    fill(loaded.cache, rows, context)
     batch = loaded.cache.batch([rows], [[1]], [context])
     return lambda: loaded.model.logits(loaded.model.forward(batch, loaded.cache))
 
 
-def counted(loaded: Loaded, step: Callable[[], object]) -> Cost:
-    """What the ops of one step must move and compute, by their own cost functions."""
-    model, table = loaded.model, CountingTable(loaded.model.ops)
-    before, model.ops = model.ops, table
-    try:
+def _step_cost(loaded: Loaded, step: Callable[[], object]) -> Cost:
+    with counted(loaded.model, costs=True) as table:
         step()
-    finally:
-        model.ops = before
-    return table.total
-
-
-class CountingTable(OpTable):
-    """A table that adds up the cost of every call the model makes; parts of a fused op are not counted again."""
-
-    def __init__(self, inner: OpTable) -> None:
-        super().__init__({})
-        self._inner, self.total = inner, Cost(0, 0, 0)
-
-    def __getitem__(self, op: Op[P, R]) -> Callable[P, R]:
-        """The function of an op, which counts itself."""
-        function = self._inner[op]
-
-        def run(*args: P.args, **kwargs: P.kwargs) -> R:
-            if op.cost is not None:
-                one, sum_ = op.cost(*args, **{k: v for k, v in kwargs.items() if k != "out"}), self.total
-                self.total = Cost(
-                    sum_.read_bytes + one.read_bytes,
-                    sum_.write_bytes + one.write_bytes,
-                    sum_.flops + one.flops,
-                )
-            return function(*args, **kwargs)
-
-        return run
+    return table.cost
 
 
 def _cost(op: Op[Any, Any], arguments: dict[str, Any]) -> Cost:

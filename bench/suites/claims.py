@@ -14,6 +14,8 @@ from v4sdk_bench.claims_context import allocated, bounded, whole_model
 from v4sdk_bench.record import Row, Value, not_run
 from v4sdk_bench.stage import Bench, Stage
 
+# drawn matrices: this much identity, this much normal
+_DIAGONALS, _SCALES = (1.0, 4.0, 8.0), (0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
 # of draws around the identity, for the unconstrained control
 _CONTROL_SCALES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.5, 1.0)
 _CONTROL_SCALE = 0.3
@@ -112,7 +114,6 @@ def amplified(bench: Bench) -> Iterator[Row]:
     constrained, free, alike = claim.keys
     seeds = range(bench.seed, bench.seed + (4 if bench.quick else 32))
     answered = partial(answer, claim, seed=bench.seed)
-    scales, diagonals = (0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0), (1.0, 4.0, 8.0)
     setting: dict[str, Value] = {
         "sublayers": amplification.SUBLAYERS,
         "streams": amplification.STREAMS,
@@ -127,8 +128,8 @@ def amplified(bench: Bench) -> Iterator[Row]:
             f"{d:g} I + {s:g} normal": amplification.measure(
                 amplification.Draws(d, s, shared), seeds
             ).constrained
-            for d in diagonals
-            for s in scales
+            for d in _DIAGONALS
+            for s in _SCALES
         }
         largest = {name: float(g.max()) for name, g in gains.items()}
         more: dict[str, Value] = {
