@@ -1,13 +1,14 @@
-"""Parity in a report: a map of how much of its limit each op, layer and bucket uses, whole-model agreement, invariances, tasks."""
+"""Parity in a report: how much of its limit each op, layer and bucket uses, whole-model agreement, invariances, tasks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
 from v4sdk_bench.record import Row
 from v4sdk_bench.report import cells
 from v4sdk_bench.report.compare import Joined, Line
-from v4sdk_bench.report.numbers import ABSENT, digits, finite, percent, show
+from v4sdk_bench.report.numbers import ABSENT, digits, finite, name_of, show
 from v4sdk_bench.report.page import Block, Cell, Section, Table, Tone
 from v4sdk_bench.report.sources import Source
 
@@ -50,8 +51,13 @@ def section(joined: Joined) -> Section | None:
     buckets = [line for line in whole if _bucket(line.key) is not None]
     if buckets:
         blocks.append(heat(joined, buckets, "Whole model by position", "comparison"))
-    if whole:
-        blocks.append(_agreement(joined, whole, "Whole-model agreement"))
+    summed = [line for line in whole if line not in buckets]
+    if summed:
+        blocks.append(_agreement(joined, summed, "Whole-model agreement"))
+    if buckets:
+        blocks.append(
+            replace(_agreement(joined, buckets, "Whole-model agreement by position"), folded=bool(summed))
+        )
     for prefix, title, note in (
         ("parity/invariance/", "Invariances: the same tokens by another way", ""),
         ("parity/tasks/", "Task accuracy of the bundled model", ""),
@@ -70,7 +76,7 @@ def section(joined: Joined) -> Section | None:
     if not blocks:
         return None
     lead = "Each value is compared with its reference before any speed is told. A limit that is broken turns its row red."
-    return Section("parity", "Is it the same model?", tuple(blocks), lead)
+    return Section("parity", "Is it the same model?", tuple(blocks), lead, nav="Parity")
 
 
 def heat(joined: Joined, lines: Sequence[Line], caption: str, noun: str) -> Table:
@@ -139,7 +145,7 @@ def _shade(rows: Sequence[Row]) -> tuple[Cell, float]:
     if share is None:
         return Cell("no limit", ""), 0.0
     tone: Tone = "near" if share > 0.5 else "good"
-    return Cell(percent(share) if share >= 0.001 or share == 0 else "under 0.1%", tone), share
+    return Cell(f"{share * 100:.0f}%" if share >= 0.01 or share == 0 else "<1%", tone), share
 
 
 def _cases(joined: Joined, lines: Sequence[Line], caption: str) -> Table:
@@ -151,9 +157,7 @@ def _cases(joined: Joined, lines: Sequence[Line], caption: str) -> Table:
             for k, v in row.values.items()
             if k not in ("max_abs", "relative_l2", "cosine_min", "verdict")
         }
-        more = "; ".join(
-            f"{k.replace('_', ' ')} {show(k, v)}" for k, v in rest.items() if not cells.is_speed(k)
-        )
+        more = "; ".join(f"{name_of(k)} {show(k, v)}" for k, v in rest.items() if not cells.is_speed(k))
         rows.append((Cell(line.key.partition("/")[2].partition("/")[2]), *cells.tag(joined, source), *metrics, _limits(row),
                      cells.state(row), Cell(row.evidence, "mute"), Cell(more)))  # fmt: skip
     columns = (
@@ -207,14 +211,9 @@ def _others(row: Row, used: Sequence[str]) -> str:
         for k, v in row.values.items()
         if k not in (*used, "verdict") and v is not None and not cells.is_speed(k)
     }
-    return "; ".join(f"{k.replace('_', ' ')} {show(k, v)}" for k, v in rest.items())
+    return "; ".join(f"{name_of(k)} {show(k, v)}" for k, v in rest.items())
 
 
 def _bad_first(lines: Sequence[Line]) -> list[Line]:
     order = {"failed": 0, "ok": 1, "info": 1, "not run": 2}
     return sorted(lines, key=lambda line: min(order[row.state] for row in line.rows.values()))
-
-
-def failures(joined: Joined) -> Iterator[Line]:
-    """Lines with a failed row."""
-    return (line for line in joined.peek("") if any(row.state == "failed" for row in line.rows.values()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from v4sdk_bench.record import SUITES
-from v4sdk_bench.report import agreement, cells, frontiers, ops, outside, ratios, summary
+from v4sdk_bench.report import agreement, cells, frontiers, identity, ops, outside, peers, ratios, verdicts
 from v4sdk_bench.report.compare import Incomparable, Joined, compare
 from v4sdk_bench.report.page import Block, Page, Section, Text
 from v4sdk_bench.report.sources import Source
@@ -16,31 +16,28 @@ def page(
 ) -> tuple[Page, list[Incomparable]]:
     """The report of some records, and everything that was not put in relation."""
     joined = Joined(sources)
-    verdicts = tuple(summary.verdict(source) for source in sources)
+    words = tuple(verdicts.verdict(source) for source in sources)
     found, unrelated = compare(joined)
     refused = [*joined.refused, *unrelated] if len(sources) > 1 else []
     parts = [
         agreement.section(joined), ratios.across(joined, found, refused), frontiers.section(joined), ops.section(joined),
-        ratios.section(joined), outside.peers(joined), outside.claims(joined), outside.expert_parallel(joined),
-        summary.not_run(joined), summary.identity(joined), _rest(joined), outside.cited(),
+        ratios.section(joined), peers.section(joined), outside.claims(joined), outside.expert_parallel(joined),
+        identity.not_run(joined), identity.section(joined), _rest(joined), outside.cited(),
     ]  # fmt: skip
     sections = [part for part in parts if part is not None]
     if notes:
         sections.insert(0, Section("notes", "About these files", tuple(Text(note, "warn") for note in notes)))
-    machines = dict.fromkeys(source.backend for source in sources)
-    title = f"DeepSeek V4 on {', '.join(machines)}"
-    return Page(
-        title, summary.answer(verdicts, len(refused)), verdicts, tuple(sections), command, len(refused)
-    ), refused
+    answer = verdicts.answer(words, sources, len(refused))
+    return Page(verdicts.subject(sources), answer, words, tuple(sections), command, len(refused)), refused
 
 
 def _rest(joined: Joined) -> Section | None:
     """Rows that no section understood, and what the stages cost: nothing in a record is left out."""
     blocks: list[Block] = list(_by_suite(joined))
-    cost = summary.stages(joined)
+    cost = identity.stages(joined)
     if cost is not None:
         blocks.append(cost)
-    return Section("rest", "Everything else in the records", tuple(blocks)) if blocks else None
+    return Section("rest", "Everything else in the records", tuple(blocks), nav="Rest") if blocks else None
 
 
 def _by_suite(joined: Joined) -> Iterator[Block]:

@@ -62,17 +62,22 @@ def worst_share(rows: Iterable[Row]) -> float | None:
 def speed(source: Source, row: Row, name: str) -> Cell:
     """A speed with its interval, or why there is none."""
     why = withheld(source, row)
+    if row.state == "not run":
+        return Cell("not run", "mute", row.note)
     if why is not None:
-        return Cell(
-            "not run" if row.state == "not run" else "no speed",
-            "mute" if row.state == "not run" else "bad",
-            why,
-        )
+        return Cell("no speed", "bad", why)
     found = finite(row.values.get(name))
     if found is None:
         return MISSING
     low, high = ends(row, name)
     return Cell(show(name, found), note=interval(name, low, high) if low < high else "", numeric=True)
+
+
+def speeds(source: Source, row: Row, names: Sequence[str]) -> tuple[Cell, ...]:
+    """Several of them; the reason why there is none is said once."""
+    if withheld(source, row) is None:
+        return tuple(speed(source, row, name) for name in names)
+    return (speed(source, row, names[0]), *(MISSING for _ in names[1:]))
 
 
 def is_speed(name: str) -> bool:
@@ -101,18 +106,18 @@ def facts(source: Source, row: Row, most: int = 12) -> str:
 
 
 def plain(source: Source, row: Row) -> Cell:
-    """A row that no other table understands: its state, word and values."""
-    word = row.values.get("verdict")
-    text = str(word) if word else {"ok": "within limits", "info": "measured"}.get(row.state, row.state)
-    told = "; ".join(part for part in (facts(source, row), row.note) if part)
-    why = withheld(source, row)
-    if why and row.state not in ("failed", "not run"):
-        told = f"{told}; no speed: {why}".removeprefix("; ")
-    return Cell(text, TONES[row.state], told)
+    """A row that no other table understands: its word or values, then the rest of them and the note."""
+    told, why = facts(source, row), withheld(source, row)
+    silent = f"no speed: {why}" if why and row.state not in ("failed", "not run") else ""
+    word = str(row.values.get("verdict") or {"ok": "within limits", "info": ""}.get(row.state, row.state))
+    note = "; ".join(
+        part for part in (told if word else "", row.note if row.note != word else "", silent) if part
+    )
+    return Cell(word or told or "no value", TONES[row.state], note)
 
 
 def by_record(
-    caption: str, joined: Joined, lines: Sequence[Line], pick: Callable[[Source, Row], Cell], subject: str = "",
+    caption: str, joined: Joined, lines: Sequence[Line], pick: Callable[[Source, Row], Cell], subject: str = "what",
     note: str = "", folded: bool = False,
 ) -> Table:  # fmt: skip
     """A table with one column per record."""
@@ -139,7 +144,8 @@ def headings(joined: Joined) -> list[str]:
 
 def commands(lines: Iterable[Line]) -> tuple[str, ...]:
     """What reproduces them, each once."""
-    return unique(command for line in lines for command in line.commands)
+    found: tuple[str, ...] = unique(command for line in lines for command in line.commands)
+    return found
 
 
 def each(joined: Joined, lines: Iterable[Line]) -> list[tuple[Line, Source, Row]]:

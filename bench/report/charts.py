@@ -217,7 +217,7 @@ def roofline(
         )
     for value in _thinned(_ticks_log(x_low, x_high), x, 44):
         d.line(x.at(value), top, x.at(value), bottom, "grid")
-        d.text(x.at(value), bottom + 20, f"{value:g}", "middle")
+        d.text(x.at(value), bottom + 20, f"{value:,g}", "end" if value == x_high else "middle")
     d.line(left, bottom, right, bottom, "axis")
     d.text((left + right) / 2, bottom + 40, "FLOP per byte; upwards FLOP/s", "middle", "soft")
     peak, steepest = max(f.value for f in flats), max(s.value for s in slopes)
@@ -317,7 +317,7 @@ def _decades(low: float, high: float) -> tuple[float, float]:
 
 
 def _nice(high: float) -> float:
-    step = 10 ** math.floor(math.log10(high))
+    step = 10.0 ** math.floor(math.log10(high))
     return next(step * k for k in (1, 1.5, 2, 3, 4, 5, 6, 8, 10, 15) if step * k >= high * 1.02)
 
 

@@ -15,7 +15,6 @@ from v4sdk.errors import V4Error
 
 if TYPE_CHECKING:
     from v4sdk_bench.report.page import Page
-    from v4sdk_bench.report.sources import Source
 
 _STDOUT = "-"
 # a file that begins so was written by this command and may be written again
@@ -51,6 +50,7 @@ def report(
     the reason. Without FILE, --html and --markdown (which then come last) write beside a single record, or
     v4sdk-bench-report.html and .md here.
     """
+    from v4sdk_bench.report import verdicts
     from v4sdk_bench.report.build import page
     from v4sdk_bench.report.sources import load
 
@@ -71,21 +71,18 @@ def report(
         for note in notes:
             click.echo(f"note: {note}", err=True)
         terminal.render(made, whole=whole)
-    return int(strict and bool(refused or _failed(sources)))
+    return int(strict and bool(refused or any(verdicts.failed(source) for source in sources)))
 
 
 def _renderer(suffix: str) -> Callable[[Page], str]:
     if suffix == "html":
         from v4sdk_bench.report import html
 
-        return html.render
+        as_html: Callable[[Page], str] = html.render
+        return as_html
     from v4sdk_bench.report import markdown
 
     return lambda made: f"<!-- {_MARK} -->\n{markdown.render(made)}"
-
-
-def _failed(sources: Sequence[Source]) -> bool:
-    return any(row.state == "failed" for source in sources for row in source.record.rows)
 
 
 def _place(given: str, suffix: str, records: Sequence[Path]) -> Path | None:

@@ -37,7 +37,8 @@ def section(joined: Joined) -> Section | None:
             blocks.append(
                 Text(f"{subject.title}: its own charts, because models of different values are not compared.")
             )
-        drawn = tuple(f for f in (_chart(joined, subject, *which) for which in _CHARTS) if f is not None)
+        of = f" of {subject.title}" if len(subjects) > 1 else ""
+        drawn = tuple(f for f in (_chart(joined, subject, of, *which) for which in _CHARTS) if f is not None)
         if drawn:
             blocks.append(Figures(drawn))
         blocks.append(_frontiers(joined, subject))
@@ -48,8 +49,10 @@ def section(joined: Joined) -> Section | None:
         )
     if not blocks:
         return None
-    lead = "TTFT is the time until the first token, TPOT the time of every further one. Ranges are the 10th to the 90th percentile."
-    return Section("model", "How fast is the whole model, and what does it need?", tuple(blocks), lead)
+    lead = "TTFT is the time until the first token, TPOT that of every further one. Ranges are the 10th to the 90th percentile."
+    return Section(
+        "model", "How fast is the whole model, and what does it need?", tuple(blocks), lead, nav="Whole model"
+    )
 
 
 def _subjects(joined: Joined) -> Iterator[Subject]:
@@ -77,7 +80,7 @@ _CHARTS = (
 )
 
 
-def _chart(joined: Joined, subject: Subject, name: str, title: str, unit: str) -> Figure | None:
+def _chart(joined: Joined, subject: Subject, of: str, name: str, title: str, unit: str) -> Figure | None:
     series = []
     told = []
     for source in joined.sources:
@@ -95,12 +98,11 @@ def _chart(joined: Joined, subject: Subject, name: str, title: str, unit: str) -
     for one in series:
         if one.points and not one.faint:
             first, last = one.points[0], one.points[-1]
-            told.append(
-                f"{one.label}: {show(name, first[1])} at {charts.tokens(first[0])}, {show(name, last[1])} at {charts.tokens(last[0])}"
-            )
-    svg = charts.lines(f"{title}, {subject.title}", "; ".join(told), series, "context, tokens", unit)
+            said = (f"{show(name, p[1])} at {charts.tokens(p[0])}" for p in (first, last))
+            told.append(f"{one.label}: {', '.join(dict.fromkeys(said))}")
+    svg = charts.lines(f"{title}{of}", "; ".join(told), series, "context, tokens", unit)
     return (
-        Figure(f"{title}, {subject.title}", svg, commands=cells.commands(subject.lines), note="; ".join(told))
+        Figure(f"{title}{of}", svg, commands=cells.commands(subject.lines), note="; ".join(told))
         if svg
         else None
     )
@@ -123,7 +125,7 @@ def _frontiers(joined: Joined, subject: Subject) -> Table:
     rows = []
     for line, source, row in cells.each(joined, subject.lines):
         rows.append((Cell(f"{int(_tokens(line)):,}", numeric=True), *cells.tag(joined, source),
-                     *(cells.speed(source, row, n) for n in ("ttft_s", "tpot_s", "prefill_tokens_per_s")),
+                     *cells.speeds(source, row, ("ttft_s", "tpot_s", "prefill_tokens_per_s")),
                      *(cells.value(row, n) for n in ("kv_bytes", "kv_formula_bytes", "peak_bytes")),
                      Cell(row.evidence, "mute")))  # fmt: skip
     columns = (

@@ -14,8 +14,6 @@ GENERATOR = "v4sdk bench report"
 _FOLDER = Path(__file__).parent
 # paper shows what a screen folds away; everything else works without it
 _SCRIPT = "addEventListener('beforeprint',()=>document.querySelectorAll('details').forEach(d=>{d.open=true}))"
-# commands beyond these fold
-_SHOWN_COMMANDS = 2
 
 
 def render(page: Page) -> str:
@@ -49,7 +47,6 @@ def render(page: Page) -> str:
         script=Markup(_SCRIPT),
         policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
         kind=kind,
-        shown=_SHOWN_COMMANDS,
         wide=WIDE,
     )
 

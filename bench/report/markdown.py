@@ -71,7 +71,7 @@ def _cell(cell: Cell) -> str:
 
 
 def _said(block: Text) -> str:
-    return block.text
+    return str(block.text)
 
 
 def _code(command: str) -> str:

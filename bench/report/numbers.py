@@ -12,11 +12,20 @@ SHARES = ("top1", "top5", "accuracy", "noise", "spread", "agreement", "share", "
 # below these one line of a table is about a count, not a quantity
 _COUNTS = ("rounds", "positions", "tokens", "threads", "questions", "cores", "calls", "cases", "ranks")
 
+_ENDINGS = (
+    ("_tokens_per_s", " rate"),
+    ("_per_s", " rate"),
+    ("_of_ceiling", " of the ceiling"),
+    ("_bytes", ""),
+    ("_ms", ""),
+    ("_s", ""),
+)
 _NAMES = {
     "median_s": "median", "low_s": "10th percentile", "high_s": "90th percentile", "floor_s": "floor", "cpu_s": "CPU time",
     "ttft_s": "time to first token", "tpot_s": "time per output token", "kv_bytes": "KV bytes", "peak_bytes": "peak memory",
     "kv_formula_bytes": "KV by formula", "max_abs": "max abs", "relative_l2": "relative L2", "cosine_min": "cosine, least",
     "kl_mean": "KL mean", "kl_p99": "KL p99", "kl_max": "KL max", "top1": "top-1", "top5": "top-5",
+    "tokens_per_s": "rate", "in_cache": "in cache", "share_of_ceiling": "of the ceiling",
 }  # fmt: skip
 
 
@@ -48,6 +57,8 @@ def _number(name: str, value: float) -> str:
         return f"{digits(value)} tok/s"
     if name.endswith("_per_s"):
         return f"{digits(value)}/s"
+    if name.endswith("_ms"):
+        return f"{digits(value)} ms"
     if name.endswith("_s"):
         return seconds(value)
     if name.endswith("bytes"):
@@ -56,6 +67,8 @@ def _number(name: str, value: float) -> str:
         return scaled(value, "FLOP")
     if name.endswith("_of_ceiling"):
         return percent(value)
+    if "cosine" in name:
+        return f"{value:.6f}"
     if name.endswith("ratio") or name.startswith("ratio"):
         return f"{digits(value)}×"
     if name.endswith(SHARES) and 0 <= value <= 1:
@@ -107,15 +120,22 @@ def percent(value: float) -> str:
 
 
 def name_of(name: str) -> str:
-    """A value's name in words."""
-    return _NAMES.get(name, name.replace("_", " "))
+    """A value's name in words, without its unit, which stands beside the number."""
+    if name in _NAMES:
+        return _NAMES[name]
+    for ending, word in _ENDINGS:
+        if name.endswith(ending) and name != ending:
+            return f"{name.removesuffix(ending)}{word}".strip("_").replace("_", " ")
+    return name.replace("_", " ")
 
 
 def interval(name: str, low: Any, high: Any) -> str:
-    """`1.2 ms to 1.4 ms`, or nothing if an end is missing."""
-    if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in (low, high)):
+    """`1.20 to 1.40 ms`, or nothing if an end is missing."""
+    if finite(low) is None or finite(high) is None:
         return ""
-    return f"{show(name, low)} to {show(name, high)}"
+    one, two = show(name, low), show(name, high)
+    number, _, unit = one.partition(" ")
+    return f"{number} to {two}" if unit and two.endswith(f" {unit}") else f"{one} to {two}"
 
 
 def finite(value: Any) -> float | None:

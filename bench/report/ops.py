@@ -32,7 +32,7 @@ def section(joined: Joined) -> Section | None:
         "ceilings measured in the same run; the last column says how near the op comes."
     )
     title = "How near is each op to what the machine can do?"
-    return Section("ops", title, (*blocks, _table(joined, lines, numbers)), lead)
+    return Section("ops", title, (*blocks, _table(joined, lines, numbers)), lead, nav="Ops")
 
 
 def _is_op(line: Line) -> bool:
@@ -124,7 +124,7 @@ def _table(joined: Joined, lines: Sequence[Line], numbers: dict[str, int]) -> Ta
     for line, source, row in cells.each(joined, lines):
         rows.append(
             (
-                Cell(f"{numbers[line.key]} {line.key.partition('/')[2]}"),
+                _name(line, numbers[line.key]),
                 *cells.tag(joined, source),
                 Cell(show("_bytes", _moved(row)), numeric=True),
                 cells.value(row, "flops"),
@@ -137,6 +137,11 @@ def _table(joined: Joined, lines: Sequence[Line], numbers: dict[str, int]) -> Ta
         )
     heads = ("bytes", "FLOPs", "floor", "median", "spread", "of the ceiling", "evidence")
     return Table("Ops", ("op", *cells.tag_column(joined), *heads), tuple(rows), cells.commands(lines))
+
+
+def _name(line: Line, number: int) -> Cell:
+    _, op, *case = line.key.split("/")
+    return Cell(f"{number} {op}", note="/".join(case))
 
 
 def _floor(source: Source, row: Row) -> Cell:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 Tone = Literal["", "good", "near", "bad", "warn", "mute"]
+_ONLY = re.compile(r"--only[= ]('[^']*'|\S+)")
 # colour is never the only carrier: every tone has its sign
 SIGNS: dict[str, str] = {"good": "✓", "near": "✓", "bad": "✗", "warn": "!", "mute": "", "": ""}
 
@@ -87,13 +89,14 @@ Block = Table | Figures | Text
 
 @dataclass(frozen=True)
 class Section:
-    """A titled part. `foreign` sets it apart visibly: numbers that nobody measured here."""
+    """A titled part. `foreign` sets it apart visibly: numbers that nobody measured here. `nav` is its short name."""
 
     id: str
     title: str
     blocks: tuple[Block, ...]
     lead: str = ""
     foreign: bool = False
+    nav: str = ""
 
 
 @dataclass(frozen=True)
@@ -120,5 +123,25 @@ class Page:
 
 
 def unique(commands: Iterable[str]) -> tuple[str, ...]:
-    """Commands in their order, each once, empty ones left out."""
-    return tuple(dict.fromkeys(command for command in commands if command))
+    """Commands in their order, each once, empty ones left out; where they differ in `--only` alone, one for all comes first."""
+    found = tuple(dict.fromkeys(command for command in commands if command))
+    if len(found) < 2:
+        return found
+    parts = [_ONLY.split(command) for command in found]
+    if any(len(p) != 3 or (p[0], p[2]) != (parts[0][0], parts[0][2]) for p in parts):
+        return found
+    shared = _shared([p[1].strip("'\"") for p in parts])
+    # a key that is itself the beginning of the others reproduces all of them
+    whole = all(p[1].strip("'\"")[len(shared) :][:1] in ("", "/") for p in parts)
+    prefix = shared if whole else shared.rpartition("/")[0]
+    if not prefix or ("/" not in prefix and len(found) <= 3):
+        return found
+    together = f"{parts[0][0]}--only {prefix}{parts[0][2]}"
+    return (together, *(command for command in found if command != together))
+
+
+def _shared(words: Sequence[str]) -> str:
+    """What all of them begin with, letter by letter."""
+    least, most = min(words), max(words)
+    same = (i for i, letter in enumerate(least) if most[i : i + 1] != letter)
+    return least[: next(same, len(least))]

@@ -28,41 +28,44 @@ def section(joined: Joined) -> Section | None:
     ]
     for line in lines:
         joined.take(line.key)
+    if not lines:
+        return None
+    lead = (
+        "Both sides ran in turns in one process. The noise floor is the same build against itself in the same rounds; a "
+        "difference below it is no difference, and above 10% of noise there is no verdict."
+    )
+    return Section("ratios", "Which of two is faster?", (table(joined, lines, "Ratios"),), lead, nav="Ratios")
+
+
+def table(joined: Joined, lines: Sequence[Line], caption: str) -> Table:
+    """Ratios with their spread, their noise floor, and what may be concluded."""
     rows = []
     for line, source, row in cells.each(joined, lines):
         for ratio, low, high, noise in _ratios_of(row):
-            word = ratio_verdict(source, row, ratio, low, high, noise)
-            telling = withheld(source, row) is None
-            rows.append((Cell(line.what, note=line.key), *cells.tag(joined, source),
-                         Cell(show("_ratio", ratio), numeric=True) if telling else Cell("no ratio", "bad"),
-                         Cell(f"{digits(low)} to {digits(high)}", numeric=True) if telling else cells.MISSING,
-                         Cell(show("noise", noise), "bad" if noise > NOISE_LIMIT else "", numeric=True), Cell(word),
-                         Cell(row.evidence, "mute")))  # fmt: skip
-    if not rows:
-        return None
-    columns = (
-        "a against b",
-        *cells.tag_column(joined),
-        "ratio",
-        "10th to 90th percentile",
-        "noise floor",
-        "verdict",
-        "evidence",
-    )
-    lead = (
-        "Both sides ran in turns in one process. The noise floor is the same build against itself in the same rounds; a difference "
-        "below it is no difference, and above 10% of noise there is no verdict."
-    )
-    table = Table("Ratios", columns, tuple(rows), cells.commands(lines))
-    return Section("ratios", "Which of two is faster?", (table,), lead)
+            silent = withheld(source, row) is not None
+            rows.append(
+                (
+                    Cell(line.what, note=line.key),
+                    *cells.tag(joined, source),
+                    Cell("no ratio", "bad") if silent else Cell(show("_ratio", ratio), numeric=True),
+                    cells.MISSING if silent else Cell(f"{digits(low)} to {digits(high)}", numeric=True),
+                    Cell(show("noise", noise), "bad" if noise > NOISE_LIMIT else "", numeric=True),
+                    Cell(ratio_verdict(source, row, ratio, low, high, noise)),
+                    Cell(row.evidence, "mute"),
+                )
+            )
+    heads = ("ratio", "10th to 90th percentile", "noise floor", "verdict", "evidence")
+    columns = ("a over b", *cells.tag_column(joined), *heads)
+    return Table(caption, columns, tuple(rows), cells.commands(lines), form="stack")
 
 
 def _ratios_of(row: Row) -> Iterator[tuple[float, float, float, float]]:
+    """Every ratio of a row with its ends and its noise; `x_speed_ratio` has `x_low_ratio`, `x_high_ratio`, `x_noise`."""
     for name, found in row.values.items():
         ratio = finite(found)
-        prefix = name.removesuffix("speed_ratio")
-        if ratio is None or prefix == name:
+        if ratio is None or not name.endswith("_ratio") or name.endswith(("low_ratio", "high_ratio")):
             continue
+        prefix = name.removesuffix("speed_ratio") if name.endswith("speed_ratio") else ""
         low, high = (finite(row.values.get(f"{prefix}{end}_ratio")) for end in ("low", "high"))
         noise = finite(row.values.get(f"{prefix}noise"))
         yield (
@@ -104,7 +107,7 @@ def across(joined: Joined, found: Sequence[Comparison], refused: Sequence[Incomp
             for c in found
         )  # fmt: skip
         columns = ("what", "quantity", "first", "second", "second against first", "verdict")
-        note = "From separate runs, so the interval is the widest that both spreads allow. Interleaved ratios of one process are above."
+        note = "From separate runs, so the interval is the widest that both spreads allow; ratios within one process stand below."
         commands = tuple(dict.fromkeys(s.record.command for s in joined.sources))
         blocks.append(Table("Speeds of comparable rows", columns, rows, commands, note))
     else:
@@ -113,7 +116,7 @@ def across(joined: Joined, found: Sequence[Comparison], refused: Sequence[Incomp
         rows = tuple(_refusals(refused))
         blocks.append(Table("Not compared, and why", ("what", "records", "reason"), rows, form="stack"))
     lead = "Rows are compared only if they have the same setting and model, and both sides are right."
-    return Section("across", "Record against record", tuple(blocks), lead)
+    return Section("across", "Record against record", tuple(blocks), lead, nav="Records")
 
 
 def _side(joined: Joined, c: Comparison, label: str, value: float) -> Cell:

@@ -1,0 +1,126 @@
+"""Other engines of the same run: with speed where they computed the same model, else the reason and no speed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from v4sdk_bench.record import Row
+from v4sdk_bench.report import cells
+from v4sdk_bench.report.compare import Joined, Line, withheld
+from v4sdk_bench.report.numbers import name_of, show
+from v4sdk_bench.report.page import Block, Cell, Section, Table
+from v4sdk_bench.report.ratios import is_ratio
+from v4sdk_bench.report.ratios import table as ratio_table
+from v4sdk_bench.report.sources import Source
+
+PREFIX = "model/peers/"
+_LEAD = (
+    "Other engines on the same machine, threads and token ids, each at the best of its documented settings. An engine whose "
+    "logits are not those of the same model is not comparable and gets no speed."
+)
+# values of a speed row that say how it was measured rather than how fast it was
+_HOW = ("tried", "settings", "environment", "chosen", "setting", "version", "load", "rounds", "spread")
+
+
+def section(joined: Joined) -> Section | None:
+    """Everything below `model/peers/`."""
+    lines = joined.take(PREFIX)
+    if not lines:
+        return None
+    ratios = [line for line in lines if is_ratio(line)]
+    rest = cells.each(joined, [line for line in lines if not is_ratio(line)])
+    wrong = {(s.label, engine(line)): row for line, s, row in rest if row.state == "failed"}
+    good = [
+        x
+        for x in rest
+        if x[2].state != "not run"
+        and (x[1].label, engine(x[0])) not in wrong
+        and withheld(x[1], x[2]) is None
+    ]
+    bad = [x for x in rest if x not in good]
+    blocks: list[Block] = []
+    if good:
+        blocks.append(_comparable(joined, good))
+    usable = [line for line in ratios if not any((label, _peer(line)) in wrong for label in line.rows)]
+    if usable:
+        blocks.append(ratio_table(joined, usable, "v4sdk beside each of them, in turns"))
+    silenced = [line for line in ratios if line not in usable]
+    if bad or silenced:
+        blocks.append(_refused(joined, bad, wrong))
+    return Section("peers", "Beside other engines", tuple(blocks), _LEAD, nav="Peers")
+
+
+def engine(line: Line) -> str:
+    """Model and engine of a key `model/peers/<model>/<engine>/...`."""
+    parts = line.key.split("/")
+    return "/".join(parts[2:4])
+
+
+def _peer(line: Line) -> str:
+    """The same of a ratio, `model/peers/<model>/ratio/<engine>/...`."""
+    parts = line.key.split("/")
+    return "/".join([parts[2], *parts[4:5]])
+
+
+def _comparable(joined: Joined, found: Sequence[tuple[Line, Source, Row]]) -> Table:
+    rows = tuple(
+        (
+            Cell(line.what, note=line.key),
+            *cells.tag(joined, source),
+            Cell(
+                str(row.values.get("verdict") or ""),
+                cells.TONES[row.state] if row.values.get("verdict") else "",
+            ),
+            Cell(_speeds(source, row), note=row.note),
+            Cell(_how(row)),
+        )
+        for line, source, row in found
+    )
+    columns = ("engine and task", *cells.tag_column(joined), "parity", "found", "how")
+    return Table("Comparable", columns, rows, cells.commands([line for line, _, _ in found]), form="stack")
+
+
+def _speeds(source: Source, row: Row) -> str:
+    kept = Row(
+        row.key, row.what, row.state, row.evidence, {k: v for k, v in row.values.items() if k not in _HOW}
+    )
+    return str(cells.facts(source, kept))
+
+
+def _how(row: Row) -> str:
+    """Version and chosen setting; what else was tried is in the record."""
+    said = [
+        f"{name_of(n)} {show(n, row.values[n])}"
+        for n in ("version", "chosen", "precision", "rounds", "load")
+        if row.values.get(n)
+    ]
+    return "; ".join(said)
+
+
+def _refused(
+    joined: Joined, found: Sequence[tuple[Line, Source, Row]], wrong: dict[tuple[str, str], Row]
+) -> Table:
+    rows = []
+    for line, source, row in found:
+        blame = wrong.get((source.label, engine(line)))
+        if row.state == "not run":
+            said = Cell("not run", "mute"), Cell(row.note or "no reason given")
+        else:
+            reason = row.note or "its result is wrong"
+            if blame is not None and row.state != "failed":
+                reason = f"{blame.what}: {blame.note or 'wrong'}"
+            said = Cell("not comparable", "bad"), Cell(reason, note=_parity(row))
+        rows.append((Cell(line.what, note=line.key), *cells.tag(joined, source), *said))
+    columns = ("engine and task", *cells.tag_column(joined), "state", "reason")
+    commands = cells.commands([line for line, _, _ in found])
+    return Table("Not comparable or not run, so without speed", columns, tuple(rows), commands, form="stack")
+
+
+def _parity(row: Row) -> str:
+    """What is left to say of an engine without speed."""
+    told = {
+        k: v
+        for k, v in row.values.items()
+        if not cells.is_speed(k) and k not in (*_HOW, "verdict") and v is not None
+    }
+    return "; ".join(f"{name_of(k)} {show(k, v)}" for k, v in told.items())
