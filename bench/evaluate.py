@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -20,10 +21,23 @@ from typing import Any
 
 from v4sdk_bench.dialogue import Dialogue
 from v4sdk_bench.machine import machine
+from v4sdk_bench.stage import BenchError
 from v4sdk_bench.tasks import TASKS, held_out, is_right, overlap
 
 TRAIN_DRAWS = 20_000
 GATE = 0.8
+# right of `ASKED` held-out questions, as the README tells them (`bench/results/v4-nano.json`)
+ASKED = 250
+RIGHT = {
+    "add_sub": 250,
+    "look_up": 250,
+    "sort_reverse": 248,
+    "tool_call": 237,
+    "copy": 236,
+    "json_answer": 250,
+}
+# one-sided probability of three standard deviations: a score this unlikely is not chance
+_THREE_SIGMA = 0.00135
 
 
 @dataclass(frozen=True)
@@ -48,18 +62,29 @@ def questions(dialogues: Sequence[Dialogue]) -> Iterator[Question]:
             yield Question(dialogue.task, number, request, expected)
 
 
-def run_file(asked: Sequence[Question], model: str | None) -> list[dict[str, Any]]:
-    """Answer by the command line, with nothing but the file and the model named."""
+def run_file(
+    asked: Sequence[Question], model: str | None, backend: str | None = None, quiet: bool = False
+) -> list[dict[str, Any]]:
+    """Answer by the command line, with nothing but the file, the model and perhaps the backend named.
+
+    Raises:
+        BenchError: if the command does not answer every request, with the last thing it said if `quiet`.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "requests.jsonl"
         path.write_text("".join(json.dumps(q.request) + "\n" for q in asked), encoding="utf-8")
         command = [sys.executable, "-m", "v4sdk", "run", "--prompts", str(path)]
         command += ["--model", model] if model else []
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        command += ["--backend", backend] if backend else []
+        said = subprocess.PIPE if quiet else None
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=said, text=True, check=False)
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     if len(answers) != len(asked):
-        raise SystemExit(
+        last = (done.stderr or "").strip().splitlines()[-1:]
+        raise BenchError(
             f"`v4sdk run` gave {len(answers)} answers to {len(asked)} requests, exit code {done.returncode}"
+            + "".join(f": {line}" for line in last),
+            hint='try v4sdk run "What is 347 + 285?"',
         )
     return sorted(answers, key=lambda a: int(a["index"]))
 
@@ -89,6 +114,39 @@ def by_tool(
         share, _ = score([q for q, _ in mine], [a for _, a in mine])
         found[tool] = f"{round(share * len(numbers))} of {len(numbers)}"
     return found
+
+
+def sampled(task: str, count: int) -> list[Dialogue]:
+    """`count` of the questions the README's score was taken from, evenly spread; all of them if there are no more."""
+    every: list[Dialogue] = held_out(task, ASKED)
+    return [every[i * ASKED // count] for i in range(count)] if count < ASKED else every
+
+
+def least_right(task: str, count: int) -> int:
+    """Right answers of `count` that a model of the README's score falls below with a probability under three sigma.
+
+    The score itself was counted, so its estimate is (right + 1) / (asked + 2), which is never certain.
+    """
+    p = (RIGHT[task] + 1) / (ASKED + 2)
+    below, least = 0.0, 0
+    while least < count:
+        below += math.comb(count, least) * p**least * (1 - p) ** (count - least)
+        if below > _THREE_SIGMA:
+            break
+        least += 1
+    return least
+
+
+def accuracy(
+    count: int, tasks: Sequence[str] = tuple(RIGHT), backend: str | None = None
+) -> Iterator[tuple[str, int, int, list[str]]]:
+    """Ask the bundled model in one process: by task the right answers, how many were asked, and up to three mistakes."""
+    drawn = {task: list(questions(sampled(task, count))) for task in tasks}
+    answers = iter(run_file([q for asked in drawn.values() for q in asked], None, backend, quiet=True))
+    for task, asked in drawn.items():
+        share, mistakes = score(asked, [next(answers) for _ in asked])
+        number = min(count, ASKED)
+        yield task, round(share * number), number, mistakes
 
 
 def _words(message: Mapping[str, Any]) -> str:
@@ -187,7 +245,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the report there")
     args = parser.parse_args()
     tasks = args.task or list(TASKS)
-    report = evaluate(args.model, args.count, tasks, not args.no_ablation)
+    try:
+        report = evaluate(args.model, args.count, tasks, not args.no_ablation)
+    except BenchError as exc:
+        raise SystemExit(exc.message) from None
     print(f"| task | held-out exact match (n = {args.count}) | operands among {TRAIN_DRAWS} training draws |")
     print("| --- | ---: | ---: |")
     for task in tasks:
