@@ -40,9 +40,13 @@ class Link(Protocol):
 
 
 class GroupLink:
-    """A link over a group of torch.distributed."""
+    """A link over a group of torch.distributed.
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
+    Args:
+        group: asked on every use: to hold it would keep its connections open when the group is destroyed.
+    """
+
+    def __init__(self, group: Callable[[], dist.ProcessGroup | None]) -> None:
         self._group = group
 
     def all_to_all(
@@ -51,7 +55,7 @@ class GroupLink:
         """Start one collective."""
         try:
             work = dist.all_to_all_single(
-                received, sent, received_rows, sent_rows, self._group, async_op=True
+                received, sent, received_rows, sent_rows, self._group(), async_op=True
             )
         except RuntimeError as exc:
             raise LinkBroken(str(exc)) from exc

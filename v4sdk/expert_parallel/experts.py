@@ -96,7 +96,7 @@ class DistributedExperts:
     def __init__(self, team: Team, bound: Bound, num_experts: int) -> None:
         bounds = expert_bounds(num_experts, team.processes)
         self._team, self._bound = team, bound
-        self._exchange = Exchange(GroupLink(team.group), team.rank, bounds)
+        self._exchange = Exchange(GroupLink(lambda: team.group), team.rank, bounds)
         self._most_waves = min(WAVES, num_experts // team.processes) if team.schedule == "waves" else 1
 
     def __call__(
@@ -196,7 +196,7 @@ def _serve(team: Team, share: Share) -> NoReturn:
             if asked["do"] == "connect":
                 team.connect(share.device)
                 bounds = expert_bounds(share.num_experts, team.processes)
-                exchange = Exchange(GroupLink(team.group), team.rank, bounds)
+                exchange = Exchange(GroupLink(lambda: team.group), team.rank, bounds)
                 continue
             assert exchange is not None
             nothing = torch.empty(

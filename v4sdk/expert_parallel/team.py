@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
@@ -16,16 +16,14 @@ from v4sdk.expert_parallel.channel import Channel, Closed, Listener, Message, ca
 
 if TYPE_CHECKING:
     import torch
-    from torch.distributed import (
-        ProcessGroup,
-        Store,  # type: ignore[attr-defined]  # public, not re-exported
-    )
+    from torch.distributed import ProcessGroup, Store  # type: ignore[attr-defined]  # public, not re-exported
 
 Schedule = Literal["sequential", "waves"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 TIMEOUT_S = 60.0
 # every process has to start and import torch
 _JOIN_S = 120.0
+_PAUSE_S = 0.02
 # who is lost shows within milliseconds; this is for a busy machine
 _VERDICT_S = 5.0
 _SIGNAL_S = 0.5
@@ -97,9 +95,20 @@ class Team:
             raise ConfigError(f"the exchange timeout is {timeout_s} s, expected a positive number")
         if processes == 1:
             return cls(0, 1, schedule, timeout_s, None, {})
-        store = _store(rank, processes)
-        channels = _gather(store, processes) if rank == 0 else {0: _reach(store, rank)}
-        return cls(rank, processes, schedule, timeout_s, store, channels)
+        until = time.monotonic() + _JOIN_S
+        while True:
+            try:
+                store = _store(rank, processes, until)
+                channels = _gather(store, processes, until) if rank == 0 else {0: _reach(store, rank, until)}
+                return cls(rank, processes, schedule, timeout_s, store, channels)
+            except (RuntimeError, Closed) as exc:
+                # whoever joins again may have met the store that rank 0 was just about to close
+                if time.monotonic() > until or rank == 0:
+                    raise RankLost(
+                        f"rank {rank} of {processes} did not find the others: {_first_line(exc)}",
+                        hint="MASTER_ADDR and MASTER_PORT name rank 0; torchrun sets them",
+                    ) from exc
+                time.sleep(_PAUSE_S)
 
     @property
     def is_driver(self) -> bool:
@@ -239,21 +248,24 @@ class Team:
             error: why this rank cannot go on, for the driver to report.
         """
         channels, self._channels = self._channels, {}
-        stop: Message = {"do": "stop"} if self.is_driver else {"failed": error or "it left"}
-        for channel in channels.values():
-            if self._error is None and (self.is_driver or error):
-                with suppress(Closed):
-                    channel.send(stop)
+        well = self._error is None or isinstance(self._error, Dismissed)
+        if well and self.is_driver:
+            _send_all(channels, {"do": "stop"})
+        elif well and error is not None:
+            _send_all(channels, {"failed": error})
         self._ending = True
         self._disconnect()
+        if well and not self.is_driver:
+            _send_all(channels, {"do": "bye"})
         until = time.monotonic() + _VERDICT_S
-        for channel in channels.values():
-            if self.is_driver and self._error is None:
-                with suppress(Closed):
-                    while channel.receive(max(0.0, until - time.monotonic())):
-                        pass
-            channel.close()
+        if well and self.is_driver:
+            _await_all(channels, until, lambda message: message.get("do") == "bye")
+        # who joins again at once must not find the store of this run
         self._store = None
+        if isinstance(self._error, Dismissed):
+            _await_all(channels, until, lambda message: False)
+        for channel in channels.values():
+            channel.close()
 
     def _disconnect(self) -> None:
         if self.group is not None:
@@ -282,38 +294,48 @@ def _ending(message: Message) -> V4Error:
     return Dismissed("the driver has closed")
 
 
+def _send_all(channels: Mapping[int, Channel], message: Message) -> None:
+    for channel in channels.values():
+        with suppress(Closed):
+            channel.send(message)
+
+
+def _await_all(channels: Mapping[int, Channel], until: float, last: Callable[[Message], bool]) -> None:
+    """Read every channel until its last message or its end, but no longer than that."""
+    for channel in channels.values():
+        with suppress(Closed):
+            while message := channel.receive(max(0.0, until - time.monotonic())):
+                if last(message):
+                    break
+
+
 def _first_line(exc: BaseException | None) -> str:
     return (str(exc).splitlines() or [type(exc).__name__])[0]
 
 
-def _store(rank: int, processes: int) -> Store:
+def _store(rank: int, processes: int, until: float) -> Store:
     from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]  # public, not re-exported
 
+    limit = timedelta(seconds=max(1.0, until - time.monotonic()))
     try:
-        limit = timedelta(seconds=_JOIN_S)
         store: Store = next(rendezvous("env://", rank, processes, timeout=limit))[0]
-        # a process may join more than once: the n-th time of one rank is the n-th time of all
-        nth = store.add(f"v4sdk/joins/{rank}", 1)
-        return PrefixStore(f"v4sdk/{nth}", store)
-    except (RuntimeError, ValueError) as exc:
-        raise RankLost(
-            f"rank {rank} did not find the others: {_first_line(exc)}",
-            hint="MASTER_ADDR and MASTER_PORT name rank 0; torchrun sets them",
-        ) from exc
+    except ValueError as exc:
+        raise RuntimeError(str(exc)) from exc
+    # a process may join more than once: the n-th time of one rank is the n-th time of all
+    nth = store.add(f"v4sdk/joins/{rank}", 1)
+    return PrefixStore(f"v4sdk/{nth}", store)
 
 
-def _gather(store: Store, processes: int) -> dict[int, Channel]:
+def _gather(store: Store, processes: int, until: float) -> dict[int, Channel]:
     listener = Listener(os.environ.get("MASTER_ADDR", "127.0.0.1"))
     channels: dict[int, Channel] = {}
     try:
         store.set("driver", json.dumps([*listener.address, listener.token]))
-        until = time.monotonic() + _JOIN_S
         while len(channels) < processes - 1:
-            left = until - time.monotonic()
-            if left <= 0:
+            if time.monotonic() > until:
                 missing = ", ".join(str(r) for r in range(1, processes) if r not in channels)
-                raise RankLost(f"rank {missing} of {processes} did not come within {_JOIN_S:.0f} s")
-            found = listener.accept(min(left, 1.0))
+                raise Closed(f"rank {missing} did not come within {_JOIN_S:.0f} s")
+            found = listener.accept(1.0)
             if found is not None:
                 channels[found[0]] = found[1]
     finally:
@@ -321,15 +343,11 @@ def _gather(store: Store, processes: int) -> dict[int, Channel]:
     return channels
 
 
-def _reach(store: Store, rank: int) -> Channel:
-    until = time.monotonic() + _JOIN_S
-    try:
-        # asked in turns: a wait inside the store would not notice a signal
-        while not store.check(["driver"]):
-            if time.monotonic() > until:
-                raise Closed(f"it did not come within {_JOIN_S:.0f} s")
-            time.sleep(0.02)
-        host, port, token = json.loads(store.get("driver"))
-        return call(host, port, token, rank, _JOIN_S)
-    except (Closed, RuntimeError) as exc:
-        raise RankLost(f"rank {rank} did not reach rank 0: {_first_line(exc)}") from exc
+def _reach(store: Store, rank: int, until: float) -> Channel:
+    # asked in turns: a wait inside the store would not notice a signal
+    while not store.check(["driver"]):
+        if time.monotonic() > until:
+            raise Closed(f"rank 0 did not come within {_JOIN_S:.0f} s")
+        time.sleep(_PAUSE_S)
+    host, port, token = json.loads(store.get("driver"))
+    return call(host, port, token, rank, max(1.0, until - time.monotonic()))
