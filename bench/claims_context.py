@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from functools import partial
 
+from v4sdk.kv_cache import kv_bytes
 from v4sdk_bench import arithmetic, context_cost, kv_allocation
 from v4sdk_bench.answers import answer, command
 from v4sdk_bench.claim_figures import MODELS
@@ -21,7 +23,8 @@ _COMPRESSED_TOKENS = 1024
 def allocated(bench: Bench, lengths: tuple[int, ...] = _LENGTHS, least: int = _LEAST_LENGTH) -> Iterator[Row]:
     """Caches of the released shapes, really allocated."""
     claim = ledger().claim("kv-allocated")
-    for key in filter(bench.wants, claim.keys):
+    wanted = [key for key in claim.keys if bench.wants(key)]
+    for at, key in enumerate(wanted):
         model = key.rpartition("/")[2]
         config, base = MODELS[model], arithmetic.v32_kv_bytes_per_token()
         fitting = [n for n in lengths if kv_allocation.fits(config, n, bench.backend)]
@@ -29,13 +32,7 @@ def allocated(bench: Bench, lengths: tuple[int, ...] = _LENGTHS, least: int = _L
             why = f"no room for the cache of {least:,} tokens beside what is in use"
             yield not_run(key, claim.figure(key).what, why, command=command(key))
             continue
-        found: list[kv_allocation.Allocation] = []
-        for n in fitting:
-            # one length always: the time for the others was not given
-            if found and bench.left() <= 0:
-                break
-            bench.say(f"allocating the cache of {model} for {n:,} tokens")
-            found.append(kv_allocation.allocate(config, n, bench.backend))
+        found = _allocations(bench, model, fitting, bench.left() / (len(wanted) - at))
         last = found[-1]
         if last.num_tokens < least:
             why = f"the stage's time was up at {last.num_tokens:,} tokens, the claim needs {least:,}"
@@ -65,13 +62,30 @@ def allocated(bench: Bench, lengths: tuple[int, ...] = _LENGTHS, least: int = _L
         )
 
 
+def _allocations(
+    bench: Bench, model: str, lengths: list[int], budget_s: float
+) -> list[kv_allocation.Allocation]:
+    """Allocate one length after the other, as long as the next one is expected to end in time; the first always."""
+    found: list[kv_allocation.Allocation] = []
+    began, config, s_per_byte = time.monotonic(), MODELS[model], 0.0
+    for n in lengths:
+        expected_s = s_per_byte * kv_bytes(config, n, "native")
+        if found and time.monotonic() - began + expected_s > budget_s:
+            break
+        bench.say(f"allocating the cache of {model} for {n:,} tokens")
+        start = time.monotonic()
+        found.append(kv_allocation.allocate(config, n, bench.backend))
+        s_per_byte = (time.monotonic() - start) / found[-1].tensor_bytes
+    return found
+
+
 def bounded(
     bench: Bench, contexts: tuple[int, int] = (8_192, 131_072), budget_s: float = 4.0
 ) -> Iterator[Row]:
     """Work that does not grow with the context: picked rows, picks, experts."""
     evidence, (short, long) = bench.backend.evidence, contexts
     claim = ledger().claim("sparse-attention")
-    rows, time = claim.keys
+    rows, duration = claim.keys
     setting: dict[str, Value] = {"shape": "v4-flash, CSA", "short": short, "long": long}
     if bench.wants(rows):
         near, far = (context_cost.attention_reading(bench.backend, n, bench.seed) for n in contexts)
@@ -90,7 +104,7 @@ def bounded(
             evidence=evidence,
             seed=bench.seed,
         )
-    if bench.wants(time):
+    if bench.wants(duration):
         times, by_bytes, by_flops = context_cost.attention_growth(
             bench.backend, short, long, budget_s, bench.seed
         )
@@ -104,7 +118,7 @@ def bounded(
         note = f"the same call differs from itself by {times.noise:.0%}"
         yield answer(
             claim,
-            time,
+            duration,
             times.ratio,
             more=more,
             setting=setting,

@@ -184,7 +184,8 @@ def _step(loaded: Loaded, context: int) -> Callable[[], object]:
 def _step_cost(loaded: Loaded, step: Callable[[], object]) -> Cost:
     with counted(loaded.model, costs=True) as table:
         step()
-    return table.cost
+    total: Cost = table.cost
+    return total
 
 
 def _cost(op: Op[Any, Any], arguments: dict[str, Any]) -> Cost:
