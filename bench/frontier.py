@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from v4sdk_bench.long_context import peak_process_bytes
 from v4sdk_bench.record import Value
 from v4sdk_bench.stage import BenchError
 from v4sdk_bench.timing import Sample, percentile
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from v4sdk.sequence import SequenceState
 
 QUICK, FULL = (512, 1024, 2048, 4096, 8192), (512, 2048, 8192, 32_768, 131_072)
-SYNTHETIC = (131_072, 1_048_576)
+SYNTHETIC, FULL_SYNTHETIC = (131_072, 1_048_576), (262_144, 524_288, 1_048_576)
 PROBE = 32
 _MODULE = "v4sdk_bench.frontier"
 # one sequence is read, and never goes back further than its own snapshot
@@ -222,10 +223,8 @@ def peak_bytes(device: torch.device) -> int:
         import torch
 
         return int(torch.get_device_module(device).max_memory_allocated(device))
-    import resource
-
-    # Linux tells kibibytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    of_process: int = peak_process_bytes()
+    return of_process
 
 
 @dataclass(frozen=True)

@@ -42,20 +42,31 @@ def measure(
     with Session.load(model, backend=backend, numerics=numerics, **options) as session:
         generator = torch.Generator().manual_seed(num_tokens)
         ids = torch.randint(0, session.config.vocab_size, (num_tokens,), generator=generator).tolist()
-        before, began = _peak_bytes(), time.perf_counter()
+        before, began = peak_process_bytes(), time.perf_counter()
         last = session.logits(ids, positions=[num_tokens - 1])
         elapsed = time.perf_counter() - began
         if logits:
             torch.save(last, logits)
         return {
             "tokens": num_tokens, "numerics": session.numerics.name, "kv_format": session.kv_format, "chunk": chunk,
-            "elapsed_s": elapsed, "rss_before_bytes": before, "rss_peak_bytes": _peak_bytes(),
+            "elapsed_s": elapsed, "rss_before_bytes": before, "rss_peak_bytes": peak_process_bytes(),
             "kv_bytes": kv_bytes(session.config, num_tokens, session.kv_format),
             "kinds": sorted({layer.kind for layer in session.config.layers}), "index_topk": session.config.index_topk,
         }  # fmt: skip
 
 
-def _peak_bytes() -> int:
+def peak_process_bytes() -> int:
+    """The most memory that this process held at once.
+
+    Not `ru_maxrss` where the system tells better: that starts from the memory of whoever started the process.
+    """
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        status = ""
+    for line in status.splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from v4sdk.errors import MemoryRefused
+from v4sdk_bench.peers.stage import STAGE as PEERS
 from v4sdk_bench.record import Row, Value, judged, not_run
 from v4sdk_bench.stage import Bench, BenchError, Stage
 from v4sdk_bench.timing import Sample, load, paired, percentile, sample
@@ -32,6 +33,7 @@ _PAIR_S = {True: 3.0, False: 20.0}
 _LAYER_S = {True: 4.0, False: 20.0}
 _MEMORY = {True: (1024, 8192), False: (16_384, 131_072)}
 _CHUNK_TOKENS = {True: 4096, False: 131_072}
+_CEILINGS_S = {True: 3.0, False: 20.0}
 _PAIRS = 5
 
 
@@ -92,7 +94,8 @@ def whole(bench: Bench) -> Iterator[Row]:
     yield from _frontiers(bench, about)
     with Session.load(about.folder, backend=bench.backend) as session:
         yield from _batches(bench, about, session)
-        yield _calls(bench, about, session)
+        if bench.wants(f"{key}/calls"):
+            yield _calls(bench, about, session)
         yield from _pairs(bench, about, session)
 
 
@@ -118,17 +121,19 @@ def _frontiers(bench: Bench, about: Subject) -> Iterator[Row]:
     from v4sdk_bench import frontier
 
     key = f"model/{about.name}"
-    reads = frontier.QUICK if bench.quick else frontier.FULL
+    reads, made_up = (
+        (frontier.QUICK, frontier.SYNTHETIC) if bench.quick else (frontier.FULL, frontier.FULL_SYNTHETIC)
+    )
+    # a segment is what was read since the last frontier, so all are walked or none
+    reads = reads if any(bench.wants(f"{key}/frontier/{n}") for n in reads) else ()
+    made_up = tuple(n for n in made_up if bench.wants(f"{key}/frontier/{n}/synthetic"))
+    if not (reads or made_up or bench.wants(f"{key}/load")):
+        return
     setting = about.setting | {"probe": frontier.PROBE}
     plan = frontier.Walk(
-        bench.backend.name, about.folder, reads, frontier.SYNTHETIC if bench.quick else _beyond(reads, frontier.SYNTHETIC),
-        seed=bench.seed, threads=torch.get_num_threads(),
+        bench.backend.name, about.folder, reads, made_up, seed=bench.seed, threads=torch.get_num_threads()
     )  # fmt: skip
-    waiting = [f"{key}/frontier/{n}" for n in plan.frontiers] + [
-        f"{key}/frontier/{n}/synthetic" for n in plan.synthetic
-    ]
-    if not any(bench.wants(k) for k in (f"{key}/load", *waiting)):
-        return
+    waiting = [f"{key}/frontier/{n}" for n in reads] + [f"{key}/frontier/{n}/synthetic" for n in made_up]
     bench.say(f"{about.name}: loading in a process of its own")
     for found in frontier.in_a_process(plan):
         if isinstance(found, frontier.Frontier):
@@ -143,10 +148,6 @@ def _frontiers(bench: Bench, about: Subject) -> Iterator[Row]:
     for left in waiting:
         yield not_run(left, f"{about.name}: a context frontier", "the time of this stage was used up",
                       setting=setting, command=_command(bench, left))  # fmt: skip
-
-
-def _beyond(reads: tuple[int, ...], made_up: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(n for n in made_up if n > max(reads))
 
 
 def _load_row(bench: Bench, about: Subject, found: Loading) -> Row:
@@ -336,7 +337,7 @@ def layers(bench: Bench) -> Iterator[Row]:
     if not wanted:
         return
     # those of the ops suite count too: the best of the run is the ceiling
-    measure_ceilings(bench)
+    measure_ceilings(bench, _CEILINGS_S[bench.quick])
     measured: list[tuple[LayerCase, Row]] = []
     for case in wanted:
         if bench.left() < 0:
@@ -351,7 +352,7 @@ def layers(bench: Bench) -> Iterator[Row]:
         if row.state == "ok":
             measured.append((case, row))
         yield row if row.state != "ok" else _with_floor(row, best(bench.record.ceilings))
-    measure_ceilings(bench)
+    measure_ceilings(bench, _CEILINGS_S[bench.quick])
     for _, row in measured:
         yield _with_floor(row, best(bench.record.ceilings))
 
@@ -429,14 +430,9 @@ def _command(bench: Bench, key: str) -> str:
     return shlex.join([*words, "--only", key])
 
 
-def _peers() -> tuple[Stage, ...]:
-    from v4sdk_bench.peers.stage import STAGE
-
-    return (STAGE,)
-
-
 STAGES = (
-    Stage("model/whole", whole, 55.0, 900.0),
-    Stage("model/memory", memory, 20.0, 900.0),
+    Stage("model/whole", whole, 45.0, 900.0),
+    Stage("model/memory", memory, 25.0, 900.0),
     Stage("model/layers", layers, 35.0, 1800.0),
+    PEERS,
 )

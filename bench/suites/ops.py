@@ -78,14 +78,16 @@ def require_pytest() -> None:
         )
 
 
-def measure_ceilings(bench: Bench) -> list[Ceiling]:
+def measure_ceilings(bench: Bench, budget_s: float | None = None) -> list[Ceiling]:
     """Measure, note it in the record, and give the best that this run has seen so far."""
     from v4sdk_bench.ceilings import DTYPES, best, measure
 
     bench.say("ceilings: memory bandwidth and matrix products")
     backend = bench.backend
     dtypes = _QUICK_DTYPES if bench.quick else DTYPES
-    found: list[Ceiling] = measure(backend.device, backend.synchronize, _CEILINGS_S[bench.quick], dtypes)
+    found: list[Ceiling] = measure(
+        backend.device, backend.synchronize, budget_s or _CEILINGS_S[bench.quick], dtypes
+    )
     bench.record.ceilings += [asdict(ceiling) for ceiling in found]
     highest: list[Ceiling] = best(bench.record.ceilings)
     return highest
@@ -233,8 +235,8 @@ def timed_row(bench: Bench, case: OpCase, timed: Timed, ceilings: list[Ceiling],
     key, ready = f"ops/{case.label}", timed.ready
     rounds = Sample(tuple(timed.seconds), 0.0, load())
     about: dict[str, Value] = {
-        "error": ready.worst, "read_bytes": ready.cost.read_bytes, "write_bytes": ready.cost.write_bytes, "flops": ready.cost.flops, "how": ready.how,
-        "in_cache": ready.in_cache,
+        "error": ready.worst, "read_bytes": ready.cost.read_bytes, "write_bytes": ready.cost.write_bytes,
+        "flops": ready.cost.flops, "how": ready.how, "in_cache": ready.in_cache,
     }  # fmt: skip
     row = Row(
         key, _what(case), judged(about, {"error": 1.0}), ready.evidence,
