@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import shlex
 import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from v4sdk_bench.compare_cli import compare, invariances
+from v4sdk_bench.mini_cli import mini
+from v4sdk_bench.report.cli import report
+
 if TYPE_CHECKING:
     from v4sdk_bench.record import Record
     from v4sdk_bench.run import Event
+    from v4sdk_bench.stage import Stage
 
 _SUITES = ("parity", "ops", "model", "claims", "device")
 
@@ -88,19 +96,56 @@ def run(
         chosen, backend, quick, model, seed, only, golden or _golden_here(), _peers(peers), threads
     )
     name = plugins.select(backend).name
-    output = output or Path(f"v4sdk-bench-{name}-{datetime.now():%Y-%m-%d}{'-quick' if quick else ''}.json")
     plan = runner.stages(options)
-    _say_budgets(plan, quick)
-    screen = Screen()
-    try:
-        record = runner.run(options, output, shlex.join(["v4sdk", *sys.argv[1:]]), screen.show, restart)
-    except KeyboardInterrupt:
-        screen.clear()
-        click.echo(f"interrupted; what is done is in {output}, the same command goes on from there", err=True)
-        raise
-    finally:
-        screen.clear()
-    return _close(record, output)
+    with ExitStack() as stack:
+        shown = bool(only) and output is None
+        if shown:
+            # figures looked up one by one are read on the screen; no record of a part gets in the way of a whole one
+            output = (
+                Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="v4sdk-bench-"))) / "part.json"
+            )
+        output = output or Path(
+            f"v4sdk-bench-{name}-{datetime.now():%Y-%m-%d}{'-quick' if quick else ''}.json"
+        )
+        _say_budgets(plan, quick)
+        screen = Screen()
+        try:
+            record = runner.run(options, output, shlex.join(["v4sdk", *sys.argv[1:]]), screen.show, restart)
+        except KeyboardInterrupt:
+            screen.clear()
+            if not shown:
+                click.echo(
+                    f"interrupted; what is done is in {output}, the same command goes on from there", err=True
+                )
+            raise
+        finally:
+            screen.clear()
+        return _show_rows(record) if shown else _close(record, output)
+
+
+def _show_rows(record: Record) -> int:
+    """Every row with all its figures."""
+    from v4sdk_bench.report.numbers import name_of
+    from v4sdk_bench.report.numbers import show as number
+
+    for row in record.rows:
+        click.echo(
+            f"{row.key}: {row.state}" + (f", evidence {row.evidence}" if row.state != "not run" else "")
+        )
+        click.echo(f"  {row.what}")
+        limits = {
+            name.removeprefix(">="): (">=" if name.startswith(">=") else "<=", v)
+            for name, v in row.limits.items()
+        }
+        for name, value in row.values.items():
+            sign, limit = limits.get(name, ("", None))
+            accepted = f"   (accepted {sign} {number(name, limit)})" if sign else ""
+            click.echo(f"  {name_of(name):32} {number(name, value)}{accepted}")
+        if row.setting:
+            click.echo("  " + ", ".join(f"{name_of(k)} {number(k, v)}" for k, v in row.setting.items()))
+        if row.note:
+            click.echo(f"  note: {row.note}")
+    return _verdict(record)
 
 
 def _golden_here() -> Path | None:
@@ -120,7 +165,7 @@ def _peers(given: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
-def _say_budgets(plan: list, quick: bool) -> None:  # type: ignore[type-arg]
+def _say_budgets(plan: Sequence[Stage], quick: bool) -> None:
     seconds: dict[str, float] = {}
     for stage in plan:
         seconds[stage.suite] = seconds.get(stage.suite, 0) + (stage.quick_s if quick else stage.full_s)
@@ -131,16 +176,21 @@ def _say_budgets(plan: list, quick: bool) -> None:  # type: ignore[type-arg]
 def _close(record: Record, output: Path) -> int:
     from v4sdk_bench.run import summary
 
-    counts = summary(record)
-    broken = {name: stage["note"] for name, stage in record.stages.items() if stage["state"] == "broken"}
     for row in record.rows:
         if row.state == "failed":
             click.echo(f"failed: {row.key}: {row.what}{f' ({row.note})' if row.note else ''}", err=True)
-    for name, note in broken.items():
-        click.echo(f"broken: stage {name}: {note}", err=True)
+    counts = summary(record)
     click.echo(", ".join(f"{count} {state}" for state, count in counts.items()) + f"; record: {output}")
     click.echo(f"next: v4sdk bench report {shlex.quote(str(output))}", err=True)
-    return int(bool(counts["failed"] or broken))
+    return _verdict(record)
+
+
+def _verdict(record: Record) -> int:
+    """1 if a row failed or a stage broke, which is said here."""
+    broken = {name: stage["note"] for name, stage in record.stages.items() if stage["state"] == "broken"}
+    for name, note in broken.items():
+        click.echo(f"broken: stage {name}: {note}", err=True)
+    return int(bool(broken) or any(row.state == "failed" for row in record.rows))
 
 
 class Screen:
@@ -184,3 +234,7 @@ class Screen:
     def _print(self, text: str) -> None:
         self.clear()
         click.echo(text, err=True)
+
+
+for command in (report, compare, invariances, mini):
+    bench.add_command(command)

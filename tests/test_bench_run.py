@@ -198,7 +198,8 @@ def test_help_imports_nothing_heavy() -> None:
     heavy = "{'torch', 'onnx', 'jinja2', 'matplotlib', 'transformers', 'pytest'}"
     code = (
         "import sys; from click.testing import CliRunner; from v4sdk.cli import cli\n"
-        "for args in (['--help'], ['bench', '--help'], ['bench', 'run', '--help']):\n"
+        "for args in (['--help'], ['bench', '--help'], ['bench', 'run', '--help'], ['bench', 'report', '--help'],"
+        " ['bench', 'mini', '--help'], ['bench', 'compare', '--help'], ['export-onnx', '--help']):\n"
         "    result = CliRunner().invoke(cli, args); assert result.exit_code == 0, result.output\n"
         f"assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)"
     )
