@@ -27,7 +27,7 @@ def forms_of(bench: Bench) -> Forms:
     """
     if bench.model is not None:
         root = bench.model.resolve().parent
-        if mini.marker(bench.model) and mini.paths(root)["native"] == bench.model.resolve():
+        if mini.marker(bench.model) and mini.marker(mini.paths(root)["native"]):
             return _mini_forms(root, bench)
         return _copied(bench.model, bench.model.resolve().name, bench)
     if bench.quick:

@@ -109,6 +109,9 @@ class Peer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None and self._process.poll() is None:
+            # it may be in the middle of something long
+            self._kill()
         self.close()
 
     def _answer(self, do: str, deadline: float, timeout_s: float) -> dict[str, Any]:

@@ -199,7 +199,7 @@ class _Run:
         try:
             self.chosen[spec.name], self.trials[spec.name] = choose(
                 self.setup, lanes if tokens else lanes[:1], tokens, self.plan.steps,
-                lambda: self.bench.left() > reserve, self.bench.say,
+                lambda: self.bench.left() >= reserve, self.bench.say,
             )  # fmt: skip
         except PeerError as exc:
             yield died_row(self.subject, spec.name, exc)
@@ -229,12 +229,14 @@ class _Run:
                 command=self.subject.command, seed=self.subject.seed,
             )  # fmt: skip
         if not lanes or lanes[0].lane.engine != OURS:
+            why = f"nothing is timed, since {OURS} itself has no result to compare with on {self.forms.name}"
+            yield skipped_row(self.subject, "all", why)
             return
         before = self._ceilings(lanes)
         per_token = 0.0
         for depth in self.plan.depths:
             expected = per_token * (depth + self.plan.steps)
-            rounds = self.plan.rounds if not expected else min(self.plan.rounds, int(self._time() / expected))
+            rounds = int(min(self.plan.rounds, self._time() / expected)) if expected else self.plan.rounds
             if rounds < self.plan.least or self._time() <= 0:
                 yield skipped_row(
                     self.subject, "all", f"{depth:,} tokens: the stage has {max(0.0, self._time()):.0f} s left, "
