@@ -122,7 +122,7 @@ def test_every_claim_gets_its_rows_and_only_those_beside_it_are_added(
     rows += [*suite.amplified(bench), *suite.balanced(bench)]
     rows += claims_context.bounded(bench, (4_096, 8_192), 0.05)
     rows += claims_context.whole_model(bench, 2_048, 0.05)
-    rows += claims_context.allocated(bench, (2_048, 16_384), 16_384)
+    rows += claims_context.allocated(bench, (2_048, 16_384))
     found = by_key(rows)
     assert len(found) == len(rows), "a key twice"
     for claim in ledger().claims:
@@ -289,3 +289,16 @@ def test_a_cache_that_does_not_fit_is_not_run_with_the_reason(
     rows = list(claims_context.allocated(bench))
     assert [row.state for row in rows] == ["not run", "not run"]
     assert "no room" in rows[0].note
+
+
+def test_a_shorter_cache_than_the_claim_speaks_of_only_informs(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fits = kv_allocation.fits
+    monkeypatch.setattr(
+        kv_allocation, "fits", lambda config, n, backend: n < 16_384 and fits(config, n, backend)
+    )
+    rows = list(claims_context.allocated(bench, (2_048, 16_384)))
+    assert [row.state for row in rows] == ["info", "info"]
+    assert "at 2,048 tokens" in rows[0].note
+    assert "does not fit into memory" in rows[0].note

@@ -206,12 +206,12 @@ def not_testable(bench: Bench) -> Iterator[Row]:
 
 
 STAGES: tuple[Stage, ...] = (
-    Stage("claims/arithmetic", computed, 4, 10),
+    Stage("claims/arithmetic", computed, 3, 10),
     Stage("claims/not-testable", not_testable, 1, 1),
     Stage("claims/lossless", lossless_fp8, 2, 60),
-    Stage("claims/stream-mixing", amplified, 7, 60),
-    Stage("claims/sinkhorn", balanced, 2, 5),
-    Stage("claims/bounded", bounded, 9, 20),
-    Stage("claims/model", whole_model, 9, 60),
-    Stage("claims/kv-allocated", allocated, 18, 60),
+    Stage("claims/stream-mixing", amplified, 6, 60),
+    Stage("claims/sinkhorn", balanced, 1, 5),
+    Stage("claims/bounded", bounded, 7, 20),
+    Stage("claims/model", whole_model, 7, 60),
+    Stage("claims/kv-allocated", allocated, 17, 60),
 )
