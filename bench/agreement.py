@@ -181,6 +181,12 @@ def read_prompts(path: Path, session: Session) -> Text:
                 hint="write it as [1, 2, 3]",
             )
         prompts.append(ids)
+    longest = max((len(ids) for ids in prompts), default=0)
+    if longest > session.context_limit:
+        raise BenchError(
+            f"a prompt of {path} has {longest:,} tokens, the model reads {session.context_limit:,}",
+            hint="shorten it",
+        )
     return Text.of(prompts, f"{len(prompts)} prompts of {path.name}")
 
 

@@ -16,7 +16,7 @@ from v4sdk.ops import OPS
 from v4sdk.testing import CaseResult, run_conformance
 from v4sdk.weights import WeightSource
 from v4sdk_bench import agreement as ag
-from v4sdk_bench import calibration, evaluate, invariances, layers, metrics
+from v4sdk_bench import calibration, evaluate, invariances, layers, metrics, onnx_witness
 from v4sdk_bench import parity as table
 from v4sdk_bench.golden import SETS_EQUAL_LIMIT
 from v4sdk_bench.record import Row, Value, judged, not_run
@@ -396,4 +396,5 @@ STAGES: tuple[Stage, ...] = (
     Stage("parity/calibration", calibrate, 18, 120),
     Stage("parity/invariance", invariance, 12, 60),
     Stage("parity/task", tasks, 12, 300),
+    onnx_witness.STAGE,
 )
