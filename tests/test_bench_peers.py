@@ -137,6 +137,20 @@ def test_a_python_that_is_not_there_is_refused(fake: Path, tmp_path: Path) -> No
         Peer("fake", fake, str(tmp_path / "no-python"), tmp_path)
 
 
+def test_a_python_may_be_named_by_a_relative_path(
+    fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrapper = tmp_path / "venv" / "python"
+    wrapper.parent.mkdir()
+    wrapper.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    wrapper.chmod(0o755)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.chdir(tmp_path)
+    with Peer("fake", fake, "venv/python", scratch) as peer:
+        assert load(peer)["version"] == "1.2.3"
+
+
 def test_our_worker_decodes_given_tokens_as_a_prefill_would(forms: Forms) -> None:
     from v4sdk_bench.peers.v4sdk_worker import Engine
 

@@ -29,7 +29,7 @@ def forms_of(bench: Bench) -> Forms:
         root = bench.model.resolve().parent
         if mini.marker(bench.model) and mini.marker(mini.paths(root)["native"]):
             return _mini_forms(root, bench)
-        return _copied(bench.model, bench.model.resolve().name, bench)
+        return _copied(bench.model.resolve(), bench.model.resolve().name, bench)
     if bench.quick:
         return _copied(bundled_folder(), "v4-nano", bench)
     for kind in ("native", "bf16"):
@@ -43,7 +43,10 @@ def _mini_forms(root: Path, bench: Bench) -> Forms:
     if not mini.is_whole(root, "bf16", seed):
         mini.lay_out(root, ("bf16",), seed, bench.say)
     has_gguf = mini.is_whole(root, "gguf", seed)
-    recipe = f"there is no {mini.GGUF_NAME} in {root}: v4sdk bench mini {root} --kind gguf --converter vendor/llama.cpp"
+    shown = str(root).replace(str(Path.home()), "~", 1)
+    recipe = (
+        f"there is no {mini.GGUF_NAME}: v4sdk bench mini {shown} --kind gguf --converter vendor/llama.cpp"
+    )
     return Forms(
         "v4-mini",
         where["native"],

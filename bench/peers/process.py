@@ -55,10 +55,12 @@ class Peer:
         self.name, self._scratch = name, scratch
         self._log = scratch / f"{name.replace('/', '-').replace(' ', '_')}.log"
         self._buffer = b""
+        # a name is looked up in PATH; a path is meant from here, and the worker starts elsewhere
+        command = os.path.abspath(python) if os.sep in python else python
         with self._log.open("wb") as log:
             try:
                 self._process = subprocess.Popen(
-                    [python, str(WORKER), str(adapter), str(scratch)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                    [command, str(WORKER), str(adapter), str(scratch)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                     stderr=log, env={**os.environ, **(env or {})}, cwd=scratch,
                 )  # fmt: skip
             except OSError as exc:

@@ -183,7 +183,8 @@ class _Run:
         context = 256 * -(-(len(self.setup.ids) + 1) // 256)
         for spec in ENGINES:
             if not is_installed(spec, self.setup.python(spec.name)):
-                why = f"{spec.module} is not installed for `{self.setup.python(spec.name)}`: {spec.recipe}"
+                where = self.bench.peers.get(spec.name, "the Python of v4sdk")
+                why = f"{spec.module} is not installed for {where}: {spec.recipe}"
                 yield skipped_row(self.subject, spec.name, why)
                 continue
             lanes = candidates(spec, self.forms, context)
