@@ -60,7 +60,7 @@ def section(joined: Joined) -> Section | None:
         )
     for prefix, title, note in (
         ("parity/invariance/", "Invariances: the same tokens by another way", ""),
-        ("parity/tasks/", "Task accuracy of the bundled model", ""),
+        ("parity/task", "Task accuracy of the bundled model", ""),
         ("parity/onnx/", "Third witness: the exported graph in another runtime", ""),
     ):
         lines = joined.take(prefix)
@@ -101,7 +101,7 @@ def heat(joined: Joined, lines: Sequence[Line], caption: str, noun: str) -> Tabl
         " ".join(x for x in (column, label if len(joined.sources) > 1 else "") if x) or "worst"
         for label, column in wanted
     ]
-    note = "Percent of the accepted limit that the worst comparison uses; above 100% it failed."
+    note = "Percent of the accepted limit that the worst comparison of a cell uses; above 100% it failed."
     return Table(caption, (noun, *heads), tuple(row for _, row in rows), cells.commands(lines), note, "heat")
 
 
@@ -110,6 +110,8 @@ def _place(key: str) -> tuple[str, str]:
     kind, *rest = key.split("/")[1:]
     if kind == "op":
         return rest[0], rest[1].split("-")[0] if len(rest) > 1 else ""
+    if kind == "layer" and len(rest) == 4:
+        return f"{rest[1]}, {rest[0]}", rest[2]
     if len(rest) > 1:
         return " ".join(rest[:-1]), rest[-1]
     return rest[0] if rest else kind, ""
@@ -118,9 +120,7 @@ def _place(key: str) -> tuple[str, str]:
 def _bucket(key: str) -> str | None:
     """The bucket of positions at the end of a key."""
     last = key.rpartition("/")[2]
-    return (
-        last if last[:1].isdigit() or last in ("to the top-k limit", "beyond", "to-the-top-k-limit") else None
-    )
+    return last if last[:1].isdigit() or last in ("beyond", "to-the-top-k-limit") else None
 
 
 def _shade(rows: Sequence[Row]) -> tuple[Cell, float]:
@@ -151,12 +151,8 @@ def _shade(rows: Sequence[Row]) -> tuple[Cell, float]:
 def _cases(joined: Joined, lines: Sequence[Line], caption: str) -> Table:
     rows = []
     for line, source, row in cells.each(joined, _bad_first(lines)):
-        metrics = [cells.value(row, name) for name in ("max_abs", "relative_l2", "cosine_min")]
-        rest = {
-            k: v
-            for k, v in row.values.items()
-            if k not in ("max_abs", "relative_l2", "cosine_min", "verdict")
-        }
+        metrics = [cells.value(row, name) for name in ("max_abs", "relative_l2")]
+        rest = {k: v for k, v in row.values.items() if k not in ("max_abs", "relative_l2", "verdict")}
         more = "; ".join(f"{name_of(k)} {show(k, v)}" for k, v in rest.items() if not cells.is_speed(k))
         rows.append((Cell(line.key.partition("/")[2].partition("/")[2]), *cells.tag(joined, source), *metrics, _limits(row),
                      cells.state(row), Cell(row.evidence, "mute"), Cell(more)))  # fmt: skip
@@ -165,7 +161,6 @@ def _cases(joined: Joined, lines: Sequence[Line], caption: str) -> Table:
         *cells.tag_column(joined),
         "max abs",
         "relative L2",
-        "least cosine",
         "limits",
         "state",
         "evidence",

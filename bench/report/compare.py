@@ -14,7 +14,9 @@ from v4sdk_bench.report.sources import Source
 # settings that two rows of one thing may differ in: they are what is compared, and they are shown
 SHOWN = frozenset({"backend", "threads", "device", "machine", "load", "date"})
 # statistics over samples of different size are different statistics
-SAMPLES = ("positions", "questions", "samples")
+SAMPLES = ("positions", "questions", "samples", "asked")
+# sides are named `backend:numerics:kv_format`; the backend is what is compared
+_SIDES = ("a", "b")
 NOISE_LIMIT = 0.10
 # an arithmetic that only imitates the device says nothing about its speed
 _RAN = ("reference", "device")
@@ -140,7 +142,7 @@ def _agree(mark: dict[str, str], other: dict[str, str], row: Row, first: Row) ->
 def signature(source: Source, row: Row) -> dict[str, str]:
     """What another record's row must share: its setting, the model's fingerprint, the sizes of its samples."""
     mark = {
-        name: json.dumps(value, sort_keys=True) for name, value in row.setting.items() if name not in SHOWN
+        n: json.dumps(_bare(n, value), sort_keys=True) for n, value in row.setting.items() if n not in SHOWN
     }
     parts = row.key.split("/")
     for name, about in source.record.models.items():
@@ -150,6 +152,10 @@ def signature(source: Source, row: Row) -> dict[str, str]:
         if row.values.get(name) is not None:
             mark[name] = json.dumps(row.values[name])
     return mark
+
+
+def _bare(name: str, value: Any) -> Any:
+    return value.partition(":")[2] or value if name in _SIDES and isinstance(value, str) else value
 
 
 def difference(left: dict[str, str], right: dict[str, str]) -> str:
@@ -204,20 +210,14 @@ def withheld(source: Source, row: Row) -> str | None:
 def wrong_below(source: Source, row: Row) -> Row | None:
     """The parity row that makes a speed meaningless: of the same op, or of the same whole model."""
     parts = row.key.split("/")
-    prefixes: tuple[str, ...] = ()
+    failed = [r for r in source.record.rows if r.state == "failed"]
     if parts[0] == "ops" and len(parts) > 1:
-        prefixes = (f"parity/op/{parts[1]}/", f"parity/op/{parts[1]}")
-    elif parts[0] == "model" and len(parts) > 1 and parts[1] in source.record.models:
-        prefixes = (f"parity/model/{parts[1]}/", f"parity/invariance/{parts[1]}/")
-    return next(
-        (
-            r
-            for r in source.record.rows
-            if r.state == "failed"
-            and any(r.key == p or (p.endswith("/") and r.key.startswith(p)) for p in prefixes)
-        ),
-        None,
-    )
+        prefix = f"parity/op/{parts[1]}"
+        return next((r for r in failed if r.key == prefix or r.key.startswith(f"{prefix}/")), None)
+    if parts[0] == "model" and len(parts) > 1 and parts[1] in source.record.models:
+        of_model = (r for r in failed if r.setting.get("model", parts[1]) == parts[1])
+        return next((r for r in of_model if r.key.startswith(("parity/model/", "parity/invariance/"))), None)
+    return None
 
 
 def compare(joined: Joined) -> tuple[list[Comparison], list[Incomparable]]:
@@ -230,8 +230,8 @@ def compare(joined: Joined) -> tuple[list[Comparison], list[Incomparable]]:
             left = labels[0]
             pair = [(joined.source(label), line.rows[label]) for label in (left, right)]
             names = [n for n in SPEEDS if any(finite(row.values.get(n)) for _, row in pair)]
-            told_wrong = any(row.state == "failed" for _, row in pair)
-            if not names and not told_wrong:
+            # other engines are compared with ours in their own run, not with themselves elsewhere
+            if not names or line.key.startswith("model/peers/"):
                 continue
             why = not_comparable(*pair[0], *pair[1])
             if why is not None:
@@ -249,9 +249,10 @@ def not_comparable(left: Source, a: Row, right: Source, b: Row) -> str | None:
             return f"{source.label}: {why}"
         if row.evidence not in _RAN:
             return f"{source.label}: evidence `{row.evidence}` has no speed of its device"
-        if source.noise is not None and source.noise > NOISE_LIMIT:
+        noise = source.noise(row.suite)
+        if noise is not None and noise > NOISE_LIMIT:
             return (
-                f"{source.label}: on its machine the same call differs from itself by {show('noise', source.noise)}, "
+                f"{source.label}: on its machine the same call differs from itself by {show('noise', noise)}, "
                 f"above {show('noise', NOISE_LIMIT)}"
             )
     if bool(left.record.options.get("quick")) != bool(right.record.options.get("quick")):

@@ -64,7 +64,12 @@ def _subjects(joined: Joined) -> Iterator[Subject]:
     for key in [line.key for lines in found.values() for line in lines]:
         joined.take(key)
     for (name, fingerprint), lines in found.items():
-        yield Subject(name, fingerprint, tuple(sorted(lines, key=_tokens)))
+        yield Subject(name, fingerprint, tuple(sorted(lines, key=lambda ln: (_tokens(ln), _is_made_up(ln)))))
+
+
+def _is_made_up(line: Line) -> bool:
+    """Its KV rows were drawn, not read."""
+    return str(line.key).endswith("/synthetic")
 
 
 def _tokens(line: Line) -> float:
@@ -89,12 +94,14 @@ def _chart(joined: Joined, subject: Subject, of: str, name: str, title: str, uni
             series += [
                 charts.Series(f"{label}, peak", _points(subject, source, "peak_bytes")),
                 charts.Series(f"{label}, KV allocated", _points(subject, source, "kv_bytes")),
-                charts.Series(
-                    f"{label}, KV by formula", _points(subject, source, "kv_formula_bytes"), faint=True
-                ),
+                charts.Series(f"{label}, KV by formula", _formula(subject, source), faint=True),
             ]
         else:
             series.append(charts.Series(label, _points(subject, source, name)))
+        if name == "tpot_s":
+            series.append(
+                charts.Series(f"{label}, made-up KV rows", _points(subject, source, name, made_up=True))
+            )
     for one in series:
         if one.points and not one.faint:
             first, last = one.points[0], one.points[-1]
@@ -108,11 +115,24 @@ def _chart(joined: Joined, subject: Subject, of: str, name: str, title: str, uni
     )
 
 
-def _points(subject: Subject, source: Source, name: str) -> tuple[tuple[float, float, float, float], ...]:
+def _formula(subject: Subject, source: Source) -> tuple[tuple[float, float, float, float], ...]:
+    """What the tokens need, read or made up."""
+    both = (_points(subject, source, "kv_formula_bytes", made_up) for made_up in (False, True))
+    return tuple(sorted({p[0]: p for points in both for p in points}.values()))
+
+
+def _points(
+    subject: Subject, source: Source, name: str, made_up: bool = False
+) -> tuple[tuple[float, float, float, float], ...]:
     found = []
     for line in subject.lines:
         row = line.rows.get(source.label)
-        if row is None or row.state == "not run" or (cells.is_speed(name) and withheld(source, row)):
+        if (
+            _is_made_up(line) != made_up
+            or row is None
+            or row.state == "not run"
+            or (cells.is_speed(name) and withheld(source, row))
+        ):
             continue
         value = finite(row.values.get(name))
         if value and value > 0 and _tokens(line) > 0:
@@ -124,7 +144,8 @@ def _points(subject: Subject, source: Source, name: str) -> tuple[tuple[float, f
 def _frontiers(joined: Joined, subject: Subject) -> Table:
     rows = []
     for line, source, row in cells.each(joined, subject.lines):
-        rows.append((Cell(f"{int(_tokens(line)):,}", numeric=True), *cells.tag(joined, source),
+        context = Cell(f"{int(_tokens(line)):,}", note="made-up KV rows" * _is_made_up(line), numeric=True)
+        rows.append((context, *cells.tag(joined, source),
                      *cells.speeds(source, row, ("ttft_s", "tpot_s", "prefill_tokens_per_s")),
                      *(cells.value(row, n) for n in ("kv_bytes", "kv_formula_bytes", "peak_bytes")),
                      Cell(row.evidence, "mute")))  # fmt: skip
@@ -139,6 +160,10 @@ def _frontiers(joined: Joined, subject: Subject) -> Table:
         "peak memory",
         "evidence",
     )
-    setting = {k: v for k, v in subject.lines[0].setting.items() if k not in ("tokens", "fingerprint")}
+    setting = {
+        k: v
+        for k, v in subject.lines[0].setting.items()
+        if k not in ("tokens", "fingerprint", "state", "model")
+    }
     note = ", ".join(f"{k.replace('_', ' ')} {show(k, v)}" for k, v in setting.items())
     return Table(f"By context, {subject.title}", columns, tuple(rows), cells.commands(subject.lines), note)

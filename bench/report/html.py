@@ -13,7 +13,7 @@ from v4sdk_bench.report.page import Block, Figures, Page, Table, Text
 GENERATOR = "v4sdk bench report"
 _FOLDER = Path(__file__).parent
 # paper shows what a screen folds away; everything else works without it
-_SCRIPT = "addEventListener('beforeprint',()=>document.querySelectorAll('details').forEach(d=>{d.open=true}))"
+_SCRIPT = "addEventListener('beforeprint',()=>document.querySelectorAll('details.folded').forEach(d=>{d.open=true}))"
 
 
 def render(page: Page) -> str:

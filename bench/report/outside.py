@@ -102,7 +102,7 @@ def _found(joined: Joined, label: str, figure: Figure) -> Cell:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         words = {"ok": "as claimed", "failed": "not as claimed", "info": "for information"}[row.state]
         return Cell(
-            f"{digits(value)} {figure.unit}",
+            _quantity(value, figure.unit),
             cells.TONES[row.state],
             "; ".join(p for p in (words, row.note) if p),
         )

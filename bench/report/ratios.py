@@ -86,13 +86,9 @@ def ratio_verdict(source: Source, row: Row, ratio: float, low: float, high: floa
     if abs(ratio - 1) <= noise or low <= 1 <= high:
         return f"no difference (noise {percent(noise)}, rounds from {digits(low)} to {digits(high)})"
     told = row.values.get("verdict")
-    return (
-        str(told)
-        if told
-        else f"b is {digits(ratio)} times faster"
-        if ratio > 1
-        else f"a is {digits(1 / ratio)} times faster"
-    )
+    if told or ratio <= 0:
+        return str(told or "no verdict: a ratio is above 0")
+    return f"b is {digits(ratio)} times faster" if ratio > 1 else f"a is {digits(1 / ratio)} times faster"
 
 
 def across(joined: Joined, found: Sequence[Comparison], refused: Sequence[Incomparable]) -> Section | None:

@@ -10,9 +10,6 @@ from pathlib import Path
 from v4sdk_bench.record import BadRecord, Record
 from v4sdk_bench.report.numbers import finite
 
-# the row of an op against itself
-NOISE_ROW = "ops/noise"
-
 
 @dataclass(frozen=True)
 class Source:
@@ -43,11 +40,10 @@ class Source:
         )
         return f"{name}, {cores} cores" if cores else str(name)
 
-    @property
-    def noise(self) -> float | None:
-        """By how much the same call differs from itself on that machine, None if the run did not measure it."""
-        row = self.record.row(NOISE_ROW)
-        return None if row is None else finite(row.values.get("noise"))
+    def noise(self, suite: str) -> float | None:
+        """By how much the same call differs from itself on that machine, as a suite measured it; None if it did not."""
+        rows = [row for row in self.record.under(f"{suite}/") if row.key.endswith("/noise")]
+        return max((n for row in rows if (n := finite(row.values.get("noise"))) is not None), default=None)
 
     @property
     def title(self) -> str:

@@ -131,9 +131,11 @@ def _fastest(source: Source) -> Iterator[Text]:
 
 
 def _noise(source: Source) -> Iterator[Text]:
-    if source.noise is not None and source.noise > NOISE_LIMIT:
-        said = f"The same call differs from itself by {show('noise', source.noise)} on this machine: its speeds are not compared"
-        yield Text(said, "warn")
+    for suite in ("ops", "model"):
+        noise = source.noise(suite)
+        if noise is not None and noise > NOISE_LIMIT:
+            said = f"In suite {suite} the same call differs from itself by {show('noise', noise)}: its speeds are not compared"
+            yield Text(said, "warn")
 
 
 def _unrun(record: Record) -> Iterator[Text]:
