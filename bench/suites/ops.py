@@ -11,6 +11,7 @@ import importlib.util
 import io
 import os
 import shlex
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
@@ -155,12 +156,14 @@ def run_pytest(plan: Plan, watch: Watch) -> None:
 
     options = [
         "--pyargs", _FILE, "-c", os.devnull, "--rootdir", str(watch.bench.scratch), "--noconftest", "--import-mode=importlib",
-        "-p", "no:cacheprovider", "-p", "pytest_benchmark.plugin", "-s", "-q", "--assert=plain", "--disable-warnings",
+        "-p", "no:cacheprovider", "-p", "no:warnings", "-p", "pytest_benchmark.plugin", "-s", "-q", "--assert=plain",
+        "--benchmark-storage", (watch.bench.scratch / "benchmarks").as_uri(),
     ]  # fmt: skip
+    # whoever turns warnings into errors means their own code
     with (
         _own_environment(),
         contextlib.redirect_stdout(watch.output),
-        contextlib.redirect_stderr(watch.output),
+        warnings.catch_warnings(action="ignore"),
     ):
         config_plugins: list[Any] = [_Handing(plan, PLAN), watch]
         code = pytest.main(options, plugins=config_plugins)
