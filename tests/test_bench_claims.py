@@ -137,6 +137,7 @@ def test_every_claim_gets_its_rows_and_only_those_beside_it_are_added(
                 assert row.state != "not run", row.note
                 assert {"claimed", "found"} <= set(row.values)
     answered = {key for claim in ledger().claims for key in claim.keys}
+    assert "claims/expert-parallel" in ledger().claim("wave-overlap").beside
     prefixes = tuple(prefix for claim in ledger().claims for prefix in claim.beside)
     assert all(key.startswith(prefixes) for key in set(found) - answered)
     for row in rows:
@@ -157,6 +158,11 @@ def test_only_the_wanted_rows_are_made(bench: Bench) -> None:
     bench.only = ("claims/parameters/flash",)
     rows = [row for stage in suite.STAGES for row in stage.run(bench)]
     assert [row.key for row in rows] == ["claims/parameters/flash"]
+
+
+def test_the_quick_suite_stays_within_its_minute_and_a_half() -> None:
+    assert suite.STAGES[-1].name == "claims/expert-parallel"
+    assert sum(stage.quick_s for stage in suite.STAGES) <= 90
 
 
 def test_a_key_chosen_alone_reaches_its_stage() -> None:

@@ -11,6 +11,7 @@ from v4sdk_bench.answers import answer, command, untestable
 from v4sdk_bench.claim_figures import COMPUTED, MODELS
 from v4sdk_bench.claims import PREFIX, Claim, ledger
 from v4sdk_bench.claims_context import allocated, bounded, whole_model
+from v4sdk_bench.expert_parallel import STAGE as EXPERT_PARALLEL
 from v4sdk_bench.record import Row, Value, not_run
 from v4sdk_bench.stage import Bench, Stage
 
@@ -214,4 +215,5 @@ STAGES: tuple[Stage, ...] = (
     Stage("claims/bounded", bounded, 7, 20),
     Stage("claims/model", whole_model, 7, 60),
     Stage("claims/kv-allocated", allocated, 17, 60),
+    EXPERT_PARALLEL,
 )
