@@ -214,6 +214,6 @@ STAGES: tuple[Stage, ...] = (
     Stage("claims/sinkhorn", balanced, 1, 5),
     Stage("claims/bounded", bounded, 7, 20),
     Stage("claims/model", whole_model, 7, 60),
-    Stage("claims/kv-allocated", allocated, 17, 60),
+    Stage("claims/kv-allocated", allocated, 17, 120),
     EXPERT_PARALLEL,
 )
