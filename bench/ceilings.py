@@ -26,7 +26,7 @@ BYTES, FLOPS = "bytes_per_s", "flops_per_s"
 DTYPES = ("float32", "bfloat16", "int8", "float8_e4m3fn")
 _GEMM_SIDES = (1024, 2048, 4096, 8192)
 # a product that takes this long hides its start, and a larger one would only cost time
-_LONG_ENOUGH_S = 0.1
+_LONG_ENOUGH_S = 0.05
 _DEVICE_LAST_LEVEL = "L2_cache_size"
 # floats of the random pattern that fills a buffer, and columns of the matrix that is read
 _TILE, _COLUMNS = 1 << 20, 1 << 12
@@ -233,7 +233,8 @@ def _gemm(device: torch.device, sync: Call | None, budget_s: float, dtype: str) 
             break
     if fastest is None:
         return None
-    rounds = sample(best_call, budget_s, least=3, sync=sync)
+    # many short rounds: one of them finds the machine undisturbed
+    rounds = sample(best_call, budget_s, least=8, sync=sync)
     return _rates(f"gemm/{dtype}", rounds, 2 * best_side**3, FLOPS, best_bytes, fastest.how)
 
 
