@@ -26,7 +26,8 @@ def answer(
 
     Args:
         more: further values. limits: on those. A failed row keeps no speeds.
-        judge: hold `found` to the ledger; False where it was taken under other conditions than the claim's.
+        judge: hold `found` to the ledger; False where it was taken under other conditions than the claim's,
+            or its noise allows no verdict.
     """
     figure = claim.figure(key)
     claimed: Value = list(figure.claimed) if isinstance(figure.claimed, tuple) else figure.claimed
@@ -37,8 +38,8 @@ def answer(
     values |= more or {}
     every = {**(figure.limits if judge else {}), **(limits or {})}
     state = judged(values, every)
-    if state == "ok" and not judge:
-        # its own limits hold, of the claim it says nothing
+    if state == "ok" and not (judge and figure.limits):
+        # further limits hold, but of the claim the row says nothing
         state = "info"
     if state == "failed":
         values = {name: value for name, value in values.items() if not name.endswith(SPEED_ENDINGS)}

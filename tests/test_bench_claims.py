@@ -216,6 +216,16 @@ def test_speeds_are_dropped_from_a_failed_answer() -> None:
     assert (row.state, sorted(row.values)) == ("failed", ["claimed", "found", "noise"])
 
 
+def test_a_row_without_a_limit_of_the_ledger_is_never_called_as_claimed() -> None:
+    claim = ledger().claim("mhc-amplification")
+    alike = claim.figure("claims/mhc-amplification/alike")
+    assert not alike.limits
+    assert answer(claim, alike.key, 3.6, limits={"found": 4.0}).state == "info"
+    assert answer(claim, alike.key, 4.6, limits={"found": 4.0}).state == "failed"
+    timed = ledger().claim("sparse-attention").keys[1]
+    assert answer(ledger().claim("sparse-attention"), timed, 9.0, judge=False).state == "info"
+
+
 def test_mhc_stays_bounded_where_the_control_explodes() -> None:
     gains = amplification.measure(amplification.Draws(1.0, 0.3), range(2))
     assert float(gains.constrained.max()) <= 1.6

@@ -114,7 +114,7 @@ def amplified(bench: Bench) -> Iterator[Row]:
     """Deep stacks of stream mixes, with and without the constraint."""
     claim = ledger().claim("mhc-amplification")
     constrained, free, alike = claim.keys
-    seeds = range(bench.seed, bench.seed + (4 if bench.quick else 32))
+    seeds = range(bench.seed, bench.seed + (4 if bench.quick else 16))
     answered = partial(answer, claim, seed=bench.seed)
     setting: dict[str, Value] = {
         "sublayers": amplification.SUBLAYERS,
