@@ -179,8 +179,8 @@ def op_rows(speed: float, noise: float, rounds: int) -> Iterator[Row]:
         for case, size in (("tiny-decode-fast", 1), ("flash-decode-fast", 1000)):
             took = 1.4e-5 * size**0.9 * (i + 1) / speed
             flops = 0 if op == "embed" else int(3e5 * size * (i + 1) ** 2)
-            found = {"error": 0.1, "moved_bytes": 60_000 * size * (i + 1), "flops": flops, "in_cache": size == 1, "rounds": rounds,
-                     "median_s": took, "low_s": took * 0.97, "high_s": took * 1.06}  # fmt: skip
+            found = {"error": 0.1, "moved_bytes": 60_000 * size * (i + 1), "flops": flops, "in_cache": size == 1,
+                     "rounds": rounds, "median_s": took, "low_s": took * 0.97, "high_s": took * 1.06}  # fmt: skip
             if size > 1:
                 found |= {"floor_s": took * 0.31, "bound": "bytes", "share_of_ceiling": 0.31}
             yield row(
@@ -485,7 +485,7 @@ def test_a_failed_frontier_leaves_a_gap() -> None:
 
 def test_an_engine_of_another_model_is_listed_without_speed() -> None:
     found, _ = made(sample())
-    comparable = str(tables(found)["Comparable"])
+    comparable = str(tables(found)["Speed beside other engines"].rows)
     refused = tables(found)["Not comparable or not run, so without speed"]
     assert "transformers" in comparable
     assert "other" not in comparable
@@ -764,9 +764,9 @@ def hostile() -> Record:
         "model/peers",
         "claims",
     ):
-        record.add(Row(f"{suite}/{EVIL}/{EVIL}", EVIL, "ok", "reference", {EVIL: EVIL, "verdict": EVIL, "median_s": 1.0, "flops": 9,
-                       "moved_bytes": 9,
-                       "tpot_s": 0.1}, {EVIL: 1.0}, {EVIL: EVIL, "tokens": 99}, EVIL, EVIL))  # fmt: skip
+        values = {EVIL: EVIL, "verdict": EVIL, "median_s": 1.0, "flops": 9, "moved_bytes": 9, "tpot_s": 0.1}
+        key, setting = f"{suite}/{EVIL}/{EVIL}", {EVIL: EVIL, "tokens": 99}
+        record.add(Row(key, EVIL, "ok", "reference", values, {EVIL: 1.0}, setting, EVIL, EVIL))
     record.add(not_run(f"claims/{EVIL}", EVIL, EVIL, command=EVIL))
     return record
 

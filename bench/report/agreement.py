@@ -8,33 +8,14 @@ from dataclasses import replace
 from v4sdk_bench.record import Row
 from v4sdk_bench.report import cells
 from v4sdk_bench.report.compare import Joined, Line
-from v4sdk_bench.report.numbers import ABSENT, digits, finite, name_of, show
-from v4sdk_bench.report.page import Block, Cell, Section, Table, Tone
+from v4sdk_bench.report.heat import heat
+from v4sdk_bench.report.numbers import finite, name_of, show
+from v4sdk_bench.report.page import Block, Cell, Section, Table
 from v4sdk_bench.report.sources import Source
 
-_MAP_COLUMNS = 9
 _METRICS = (
-    "kl_mean",
-    "kl_p99",
-    "kl_max",
-    "top1",
-    "top5",
-    "relative_l2",
-    "max_abs",
-    "cosine_min",
-    "positions",
-)
-_HEADS = (
-    "KL mean",
-    "KL p99",
-    "KL max",
-    "top-1",
-    "top-5",
-    "relative L2",
-    "max abs",
-    "least cosine",
-    "positions",
-)
+    "kl_mean", "kl_mean_everywhere", "kl_p99", "kl_max", "top1", "top5", "relative_l2", "max_abs", "cosine_min", "positions",
+)  # fmt: skip
 
 
 def section(joined: Joined) -> Section | None:
@@ -51,25 +32,38 @@ def section(joined: Joined) -> Section | None:
     buckets = [line for line in whole if _bucket(line.key) is not None]
     if buckets:
         blocks.append(heat(joined, buckets, "Whole model by position", "comparison"))
-    summed = [line for line in whole if line not in buckets]
+    summed = [line for line in whole if line not in buckets and _has_metrics(line)]
+    others = [line for line in whole if line not in buckets and line not in summed]
     if summed:
         blocks.append(_agreement(joined, summed, "Whole-model agreement"))
     if buckets:
         blocks.append(
             replace(_agreement(joined, buckets, "Whole-model agreement by position"), folded=bool(summed))
         )
-    for prefix, title, note in (
-        ("parity/invariance/", "Invariances: the same tokens by another way", ""),
-        ("parity/task", "Task accuracy of the bundled model", ""),
-        ("parity/onnx/", "Third witness: the exported graph in another runtime", ""),
-    ):
-        lines = joined.take(prefix)
-        if lines:
-            blocks.append(cells.by_record(title, joined, _bad_first(lines), cells.plain, note=note))
+    if others:
+        blocks.append(
+            cells.by_record(
+                "Experts, picked entries and greedy tokens", joined, _bad_first(others), cells.plain
+            )
+        )
+    invariances = joined.take("parity/invariance/")
+    if invariances:
+        blocks.append(_invariances(joined, invariances))
+    lines = joined.take("parity/task")
+    if lines:
+        blocks.append(cells.by_record("Task accuracy of the bundled model", joined, _bad_first(lines), _task))
+    lines = joined.take("parity/onnx/")
+    if lines:
+        title = "Third witness: the exported graph in another runtime"
+        blocks.append(cells.by_record(title, joined, _bad_first(lines), cells.plain))
     lines = joined.take("parity/calibration/")
     if lines:
-        told = "Roundings and mistakes planted in a trained model: where on the scale of words they fall."
-        blocks.append(_agreement(joined, lines, "Calibration of the words", told))
+        told = "Roundings and mistakes planted in a trained model: do the words above tell them apart?"
+        blocks.append(
+            cells.by_record(
+                "Calibration of the words", joined, _bad_first(lines), cells.plain, note=told, folded=True
+            )
+        )
     lines = joined.take("parity/")
     if lines:
         blocks.append(cells.by_record("Other comparisons", joined, _bad_first(lines), cells.plain))
@@ -79,73 +73,10 @@ def section(joined: Joined) -> Section | None:
     return Section("parity", "Is it the same model?", tuple(blocks), lead, nav="Parity")
 
 
-def heat(joined: Joined, lines: Sequence[Line], caption: str, noun: str) -> Table:
-    """Worst share of the limit by subject and case. Red subjects come first."""
-    places = {line.key: _place(line.key) for line in lines}
-    columns = list(dict.fromkeys(place[1] for place in places.values()))
-    if len(columns) > _MAP_COLUMNS:
-        columns, places = [""], {key: (row, "") for key, (row, _) in places.items()}
-    wanted = [(label, column) for column in columns for label in joined.labels]
-    rows: list[tuple[float, tuple[Cell, ...]]] = []
-    for name in dict.fromkeys(place[0] for place in places.values()):
-        found: list[Cell] = []
-        worst = 0.0
-        for label, column in wanted:
-            here = [ln.rows[label] for ln in lines if places[ln.key] == (name, column) and label in ln.rows]
-            cell, share = _shade(here)
-            found.append(cell)
-            worst = max(worst, share if any(r.state == "failed" for r in here) else 0.0)
-        rows.append((worst, (Cell(name), *found)))
-    rows.sort(key=lambda pair: -pair[0])
-    heads = [
-        " ".join(x for x in (column, label if len(joined.sources) > 1 else "") if x) or "worst"
-        for label, column in wanted
-    ]
-    note = "Percent of the accepted limit that the worst comparison of a cell uses; above 100% it failed."
-    return Table(caption, (noun, *heads), tuple(row for _, row in rows), cells.commands(lines), note, "heat")
-
-
-def _place(key: str) -> tuple[str, str]:
-    """Row and column of a key in the map: `parity/op/linear/tiny-x-exact` is (linear, tiny)."""
-    kind, *rest = key.split("/")[1:]
-    if kind == "op":
-        return rest[0], rest[1].split("-")[0] if len(rest) > 1 else ""
-    if kind == "layer" and len(rest) == 4:
-        return f"{rest[1]}, {rest[0]}", rest[2]
-    if len(rest) > 1:
-        return " ".join(rest[:-1]), rest[-1]
-    return rest[0] if rest else kind, ""
-
-
 def _bucket(key: str) -> str | None:
     """The bucket of positions at the end of a key."""
     last = key.rpartition("/")[2]
     return last if last[:1].isdigit() or last in ("beyond", "to-the-top-k-limit") else None
-
-
-def _shade(rows: Sequence[Row]) -> tuple[Cell, float]:
-    """One cell: the tone says how near the limit is, the text says it in percent."""
-    ran = [row for row in rows if row.state != "not run"]
-    if not ran:
-        return (Cell("not run" if rows else ABSENT, "mute"), 0.0)
-    share = cells.worst_share(ran)
-    failed = [row for row in ran if row.state == "failed"]
-    if failed:
-        over = share if share is not None and share > 1 else float("inf")
-        said = (
-            f"{over * 100:.0f}%"
-            if over < 1e3
-            else "no number"
-            if over == float("inf")
-            else f"{digits(over)}×"
-        )
-        return Cell(
-            said if over != float("inf") else "failed", "bad", f"{len(failed)} of {len(ran)} failed"
-        ), over
-    if share is None:
-        return Cell("no limit", ""), 0.0
-    tone: Tone = "near" if share > 0.5 else "good"
-    return Cell(f"{share * 100:.0f}%" if share >= 0.01 or share == 0 else "<1%", tone), share
 
 
 def _cases(joined: Joined, lines: Sequence[Line], caption: str) -> Table:
@@ -177,26 +108,90 @@ def _limits(row: Row) -> Cell:
     return Cell(", ".join(said) or "none", numeric=False)
 
 
-def _agreement(joined: Joined, lines: Sequence[Line], caption: str, note: str = "") -> Table:
-    used = [
-        name
-        for name in _METRICS
-        if any(finite(r.values.get(name)) is not None for ln in lines for r in ln.rows.values())
+def _has_metrics(line: Line) -> bool:
+    return any(
+        finite(row.values.get("kl_mean")) is not None and "positions" in row.values
+        for row in line.rows.values()
+    )
+
+
+def _invariances(joined: Joined, lines: Sequence[Line]) -> Table:
+    """One row per invariance, one column per numerics option and record."""
+    places = {line.key: line.key.split("/")[2:] for line in lines}
+    options = list(dict.fromkeys(parts[0] for parts in places.values()))
+    rows = []
+    for name in dict.fromkeys(" ".join(parts[1:]) for parts in places.values()):
+        same = {places[line.key][0]: line for line in lines if " ".join(places[line.key][1:]) == name}
+        first = next(iter(same.values()))
+        found = [
+            _invariance(joined.source(label), same[option].rows[label])
+            if option in same and label in same[option].rows
+            else cells.MISSING
+            for option in options
+            for label in joined.labels
+        ]
+        rows.append((Cell(first.what.partition(";")[0], note=name), *found))
+    rows.sort(key=lambda row: all(cell.tone != "bad" for cell in row))
+    heads = [
+        f"{option} {label}" if len(joined.sources) > 1 else option
+        for option in options
+        for label in joined.labels
     ]
+    caption = "Invariances: the same tokens by another way"
+    return Table(caption, ("what", *heads), tuple(rows), cells.commands(lines), form="stack")
+
+
+def _invariance(source: Source, row: Row) -> Cell:
+    if row.state == "not run":
+        return Cell("not run", "mute", row.note)
+    told = [name.removeprefix(">=") for name in row.limits] or ["max_abs"]
+    values = "; ".join(f"{name_of(name)} {show(name, row.values.get(name))}" for name in told)
+    return Cell(str(row.values.get("verdict") or _state(row)), cells.TONES[row.state], values)
+
+
+def _task(source: Source, row: Row) -> Cell:
+    share, right, asked = (row.values.get(name) for name in ("accuracy", "right", "asked"))
+    if finite(share) is None or row.state == "not run":
+        told: Cell = cells.plain(source, row)
+        return told
+    counted = f"{show('right', right)} of {show('asked', asked)}" if asked is not None else ""
+    return Cell(
+        show("accuracy", share),
+        cells.TONES[row.state],
+        "; ".join(part for part in (counted, row.note) if part),
+    )
+
+
+def _state(row: Row) -> str:
+    return {"ok": "within limits", "info": "no limit"}.get(row.state, str(row.state))
+
+
+def _agreement(joined: Joined, lines: Sequence[Line], caption: str, note: str = "") -> Table:
+    told = [row for line in lines for row in line.rows.values()]
+    used = [name for name in _METRICS if any(finite(row.values.get(name)) is not None for row in told)]
+    more = any(_others(row, used) for row in told)
     rows = []
     for line, source, row in cells.each(joined, _bad_first(lines)):
-        rows.append((Cell(line.what, note=line.key), *cells.tag(joined, source), _word(source, row),
-                     *(cells.value(row, name) for name in used), Cell(_others(row, used))))  # fmt: skip
-    heads = [_HEADS[_METRICS.index(name)] for name in used]
-    columns = ("comparison", *cells.tag_column(joined), "verdict", *heads, "also")
+        metrics = (cells.value(row, name) for name in used)
+        also = (Cell(_others(row, used)),) if more else ()
+        rows.append((_pair(line, row), *cells.tag(joined, source), _word(source, row), *metrics, *also))
+    columns = (
+        "comparison",
+        *cells.tag_column(joined),
+        "verdict",
+        *(name_of(name) for name in used),
+        *(("also",) if more else ()),
+    )
     return Table(caption, columns, tuple(rows), cells.commands(lines), note)
 
 
+def _pair(line: Line, row: Row) -> Cell:
+    """The two sides; the verdict has its own column."""
+    return Cell(line.what.removesuffix(f": {row.values.get('verdict')}"), note=line.key)
+
+
 def _word(source: Source, row: Row) -> Cell:
-    word = str(
-        row.values.get("verdict") or {"ok": "within limits", "info": "no limit"}.get(row.state, row.state)
-    )
-    return Cell(word, cells.TONES[row.state], row.note)
+    return Cell(str(row.values.get("verdict") or _state(row)), cells.TONES[row.state], row.note)
 
 
 def _others(row: Row, used: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from v4sdk_bench.record import SPEED_ENDINGS, Row
-from v4sdk_bench.report.compare import Joined, Line, ends, withheld
+from v4sdk_bench.report.compare import Joined, Line, ends, withheld, wrong_below
 from v4sdk_bench.report.numbers import ABSENT, finite, interval, name_of, show
 from v4sdk_bench.report.page import Cell, Table, Tone, unique
 from v4sdk_bench.report.sources import Source
@@ -65,12 +65,16 @@ def speed(source: Source, row: Row, name: str) -> Cell:
     if row.state == "not run":
         return Cell("not run", "mute", row.note)
     if why is not None:
-        return Cell("no speed", "bad", why)
+        return Cell("no speed", "bad" if _is_wrong(source, row) else "warn", why)
     found = finite(row.values.get(name))
     if found is None:
         return MISSING
     low, high = ends(row, name)
     return Cell(show(name, found), note=interval(name, low, high) if low < high else "", numeric=True)
+
+
+def _is_wrong(source: Source, row: Row) -> bool:
+    return row.state == "failed" or wrong_below(source, row) is not None
 
 
 def speeds(source: Source, row: Row, names: Sequence[str]) -> tuple[Cell, ...]:

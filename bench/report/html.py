@@ -8,6 +8,7 @@ from pathlib import Path
 
 from v4sdk.errors import V4Error
 from v4sdk_bench.report.charts import WIDE
+from v4sdk_bench.report.numbers import ABSENT
 from v4sdk_bench.report.page import Block, Figures, Page, Table, Text
 
 GENERATOR = "v4sdk bench report"
@@ -47,6 +48,7 @@ def render(page: Page) -> str:
         script=Markup(_SCRIPT),
         policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
         kind=kind,
+        absent=ABSENT,
         wide=WIDE,
     )
 

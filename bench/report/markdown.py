@@ -47,7 +47,7 @@ def _block(block: Block) -> Iterator[str]:
 
 def _table(table: Table) -> Iterator[str]:
     yield from (f"### {text(table.caption)}", "")
-    numeric = [any(row[i].numeric for row in table.rows if i < len(row)) for i in range(len(table.columns))]
+    numeric = [table.is_numeric(i) for i in range(len(table.columns))]
     yield "| " + " | ".join(text(column) or " " for column in table.columns) + " |"
     yield "| " + " | ".join("---:" if right else "---" for right in numeric) + " |"
     for row in table.rows:

@@ -24,7 +24,8 @@ _NAMES = {
     "median_s": "median", "low_s": "10th percentile", "high_s": "90th percentile", "floor_s": "floor", "cpu_s": "CPU time",
     "ttft_s": "time to first token", "tpot_s": "time per output token", "kv_bytes": "KV bytes", "peak_bytes": "peak memory",
     "kv_formula_bytes": "KV by formula", "max_abs": "max abs", "relative_l2": "relative L2", "cosine_min": "cosine, least",
-    "kl_mean": "KL mean", "kl_p99": "KL p99", "kl_max": "KL max", "top1": "top-1", "top5": "top-5",
+    "kl_mean": "KL mean", "kl_mean_everywhere": "KL mean, everywhere",
+    "kl_p99": "KL p99", "kl_max": "KL max", "top1": "top-1", "top5": "top-5",
     "tokens_per_s": "rate", "in_cache": "in cache", "share_of_ceiling": "of the ceiling",
 }  # fmt: skip
 

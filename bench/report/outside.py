@@ -44,7 +44,7 @@ def claims(joined: Joined) -> Section | None:
         )
         heads = [head if head == "found" else f"found, {head}" for head in cells.headings(joined)]
         rows = tuple(row for claim in known.claims for row in _figures(joined, claim))
-        columns = ("claim", "claimed", *heads, "answer", "key")
+        columns = ("claim", "claimed", *heads, "answer")
         blocks.append(Table("Claims", columns, rows, cells.commands(lines), form="stack"))
         how = tuple((Cell(c.statement), Cell(c.compares), Cell(c.method)) for c in known.claims)
         blocks.append(
@@ -69,10 +69,10 @@ def _figures(joined: Joined, claim: Claim) -> list[tuple[Cell, ...]]:
         status = Cell(
             claim.status,
             "mute" if claim.needs else "",
-            f"needs {claim.needs}" if claim.needs and at == 0 else "",
+            f"{figure.key}; needs {claim.needs}" if claim.needs and at == 0 else figure.key,
         )
         here = [_found(joined, label, figure) for label in joined.labels]
-        found.append((said, Cell(_claimed(figure), numeric=True), *here, status, Cell(figure.key, "mute")))
+        found.append((said, Cell(_claimed(figure), numeric=True), *here, status))
     return found
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 Tone = Literal["", "good", "near", "bad", "warn", "mute"]
 _ONLY = re.compile(r"--only[= ]('[^']*'|\S+)")
+_MOST_COMMANDS = 12
 # colour is never the only carrier: every tone has its sign
 SIGNS: dict[str, str] = {"good": "✓", "near": "✓", "bad": "✗", "warn": "!", "mute": "", "": ""}
 
@@ -56,6 +57,10 @@ class Table:
     note: str = ""
     form: Literal["wide", "stack", "heat"] = "wide"
     folded: bool = False
+
+    def is_numeric(self, column: int) -> bool:
+        """Whether a column holds numbers, and stands to the right."""
+        return column > 0 and any(row[column].numeric for row in self.rows if column < len(row))
 
 
 @dataclass(frozen=True)
@@ -123,21 +128,32 @@ class Page:
 
 
 def unique(commands: Iterable[str]) -> tuple[str, ...]:
-    """Commands in their order, each once, empty ones left out; where they differ in `--only` alone, one for all comes first."""
+    """Commands in their order, each once, empty ones left out.
+
+    Those that differ in their `--only` alone are led by one that reproduces them all; beyond a dozen it stands for them.
+    """
     found = tuple(dict.fromkeys(command for command in commands if command))
-    if len(found) < 2:
-        return found
-    parts = [_ONLY.split(command) for command in found]
-    if any(len(p) != 3 or (p[0], p[2]) != (parts[0][0], parts[0][2]) for p in parts):
-        return found
-    shared = _shared([p[1].strip("'\"") for p in parts])
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for command in found:
+        parts = _ONLY.split(command)
+        groups.setdefault((parts[0], parts[2]) if len(parts) == 3 else (command,), []).append(command)
+    leading = [_together(around, group) for around, group in groups.items()]
+    singles = found if len(found) <= _MOST_COMMANDS else ()
+    return tuple(dict.fromkeys([command for lead in leading for command in lead] + list(singles)))
+
+
+def _together(around: tuple[str, ...], commands: list[str]) -> list[str]:
+    """One command for a group, or the group itself."""
+    if len(commands) == 1:
+        return commands
+    keys = [_ONLY.split(command)[1].strip("'\"") for command in commands]
+    shared = _shared(keys)
     # a key that is itself the beginning of the others reproduces all of them
-    whole = all(p[1].strip("'\"")[len(shared) :][:1] in ("", "/") for p in parts)
+    whole = all(key[len(shared) :][:1] in ("", "/") for key in keys)
     prefix = shared if whole else shared.rpartition("/")[0]
-    if not prefix or ("/" not in prefix and len(found) <= 3):
-        return found
-    together = f"{parts[0][0]}--only {prefix}{parts[0][2]}"
-    return (together, *(command for command in found if command != together))
+    if not prefix or ("/" not in prefix and len(commands) <= 3):
+        return commands
+    return [f"{around[0]}--only {prefix}{around[1]}"]
 
 
 def _shared(words: Sequence[str]) -> str:

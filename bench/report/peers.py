@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from v4sdk_bench.record import Row
 from v4sdk_bench.report import cells
 from v4sdk_bench.report.compare import Joined, Line, withheld
-from v4sdk_bench.report.numbers import name_of, show
+from v4sdk_bench.report.numbers import interval, name_of, show
 from v4sdk_bench.report.page import Block, Cell, Section, Table
 from v4sdk_bench.report.ratios import is_ratio
 from v4sdk_bench.report.ratios import table as ratio_table
@@ -39,15 +40,74 @@ def section(joined: Joined) -> Section | None:
     ]
     bad = [x for x in rest if x not in good]
     blocks: list[Block] = []
-    if good:
-        blocks.append(_comparable(joined, good))
+    timed = [x for x in good if _task(x[0]) is not None]
+    if timed:
+        blocks.append(_speeds(joined, timed, good))
     usable = [line for line in ratios if not any((label, _peer(line)) in wrong for label in line.rows)]
     if usable:
         blocks.append(ratio_table(joined, usable, "v4sdk beside each of them, in turns"))
     silenced = [line for line in ratios if line not in usable]
     if bad or silenced:
         blocks.append(_refused(joined, bad, wrong))
+    if good:
+        blocks.append(replace(_comparable(joined, good), folded=bool(timed)))
     return Section("peers", "Beside other engines", tuple(blocks), _LEAD, nav="Peers")
+
+
+def _task(line: Line) -> str | None:
+    """`prefill 512` of a key `model/peers/<model>/<engine>/prefill/512`, None for other rows."""
+    parts = line.key.split("/")
+    return f"{parts[4]} {parts[5]}" if len(parts) == 6 and parts[5].isdigit() else None
+
+
+def _speeds(
+    joined: Joined, timed: Sequence[tuple[Line, Source, Row]], good: Sequence[tuple[Line, Source, Row]]
+) -> Table:
+    """Engines by task: the rate, its interval below."""
+    tasks = list(dict.fromkeys(task for line, _, _ in timed if (task := _task(line)) is not None))
+    rows = []
+    for name, label in dict.fromkeys((engine(line), source.label) for line, source, _ in timed):
+        own = {
+            _task(line): (source, row)
+            for line, source, row in timed
+            if (engine(line), source.label) == (name, label)
+        }
+        words = [
+            r for line, s, r in good if (engine(line), s.label) == (name, label) and r.values.get("verdict")
+        ]
+        parity = (
+            Cell(str(words[0].values["verdict"]), cells.TONES[words[0].state])
+            if words
+            else Cell("no parity row", "warn")
+        )
+        version = next(
+            (str(row.values["version"]) for _, row in own.values() if row.values.get("version")), ""
+        )
+        who = Cell(
+            name.rpartition("/")[2],
+            note=" on ".join(part for part in (version, name.partition("/")[0]) if part),
+        )
+        rates = [_rate(*own[task]) if task in own else cells.MISSING for task in tasks]
+        rows.append((who, *cells.tag(joined, joined.source(label)), parity, *rates))
+    columns = ("engine", *cells.tag_column(joined), "parity", *tasks)
+    note = "Tokens per second of reading a prompt (prefill) and after as many tokens of context (decode)."
+    return Table(
+        "Speed beside other engines",
+        columns,
+        tuple(rows),
+        cells.commands([line for line, _, _ in timed]),
+        note,
+    )
+
+
+def _rate(source: Source, row: Row) -> Cell:
+    low, high = row.values.get("low_tokens_per_s"), row.values.get("high_tokens_per_s")
+    rate = Cell(
+        show("tokens_per_s", row.values.get("tokens_per_s")),
+        note=interval("tokens_per_s", low, high),
+        numeric=True,
+    )
+    return rate if withheld(source, row) is None else cells.MISSING
 
 
 def engine(line: Line) -> str:
@@ -71,16 +131,18 @@ def _comparable(joined: Joined, found: Sequence[tuple[Line, Source, Row]]) -> Ta
                 str(row.values.get("verdict") or ""),
                 cells.TONES[row.state] if row.values.get("verdict") else "",
             ),
-            Cell(_speeds(source, row), note=row.note),
+            Cell(_facts(source, row), note=row.note),
             Cell(_how(row)),
         )
         for line, source, row in found
     )
     columns = ("engine and task", *cells.tag_column(joined), "parity", "found", "how")
-    return Table("Comparable", columns, rows, cells.commands([line for line, _, _ in found]), form="stack")
+    return Table(
+        "Comparable, every row", columns, rows, cells.commands([line for line, _, _ in found]), form="stack"
+    )
 
 
-def _speeds(source: Source, row: Row) -> str:
+def _facts(source: Source, row: Row) -> str:
     kept = Row(
         row.key, row.what, row.state, row.evidence, {k: v for k, v in row.values.items() if k not in _HOW}
     )

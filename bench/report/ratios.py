@@ -47,9 +47,11 @@ def table(joined: Joined, lines: Sequence[Line], caption: str) -> Table:
                 (
                     Cell(line.what, note=line.key),
                     *cells.tag(joined, source),
-                    Cell("no ratio", "bad") if silent else Cell(show("_ratio", ratio), numeric=True),
+                    Cell("no ratio", "bad" if row.state == "failed" else "warn")
+                    if silent
+                    else Cell(show("_ratio", ratio), numeric=True),
                     cells.MISSING if silent else Cell(f"{digits(low)} to {digits(high)}", numeric=True),
-                    Cell(show("noise", noise), "bad" if noise > NOISE_LIMIT else "", numeric=True),
+                    Cell(show("noise", noise), "warn" if noise > NOISE_LIMIT else "", numeric=True),
                     Cell(ratio_verdict(source, row, ratio, low, high, noise)),
                     Cell(row.evidence, "mute"),
                 )

@@ -42,7 +42,9 @@ def _machine(source: Source) -> str:
     threads = record.machine.get("threads")
     parts = [
         source.title,
-        f"{show('threads', threads)} threads" if threads is not None else "",
+        f"{show('threads', threads)} {'thread' if threads == 1 else 'threads'}"
+        if threads is not None
+        else "",
         f"v4sdk {record.software['v4sdk']}" if record.software.get("v4sdk") else "",
         "quick budgets" if record.options.get("quick") else "full budgets",
     ]
