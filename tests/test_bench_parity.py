@@ -339,6 +339,16 @@ def test_a_backend_that_runs_references_is_the_same_model(tmp_path: Path, chat_f
     assert rows["parity/model/backend-vs-references/fast/all"].values["max_abs"] == 0.0
 
 
+def test_another_order_of_summation_stays_within_every_limit(tmp_path: Path) -> None:
+    other = Planted(linear=plants.reordered_linear)
+    bench = bench_of(other, tmp_path, only=("parity/model/backend-vs-references/fast",))
+    rows = {row.key: row for row in run(bench, "parity/model").rows}
+    assert {row.state for row in rows.values()} == {"ok"}, rows
+    whole = rows["parity/model/backend-vs-references/fast/all"]
+    assert 0 < whole.values["kl_mean_everywhere"] < whole.limits["kl_mean_everywhere"]
+    assert {row.state for row in run(bench_of(other, tmp_path), "parity/layer").rows} == {"ok"}
+
+
 # calibration
 
 
@@ -371,6 +381,10 @@ def test_roundings_and_mistakes_fall_on_their_sides_of_the_verdict(subject: Any)
     apart = dict(calibration.separations(list(found.values())))
     assert apart["exact_relative_l2"].gap > 1e3
     assert apart["written_mean_kl"].mixed > 0
+    assert apart["same_roundings_mean_kl"].mixed == 0
+    assert found["no-sink"].seen_by_layers
+    assert found["window-short"].seen_by_layers
+    assert not found["order"].seen_by_layers
 
 
 def test_separation_counts_mistakes_that_look_like_roundings() -> None:

@@ -24,6 +24,9 @@ from v4sdk_bench.stage import Bench, Stage
 
 NUMERICS = ("exact", "reference", "fast")
 _LAYER_TOKENS = 288
+# in `fast`, index scores are not rounded to BF16, so more of them are near ties: another order of summation alone moved 4% of
+# v4-nano's picks, over all layers, by way of the layers in front
+_SAME_CHOICES_FAST = 0.9
 _NO_TIME = "the stage's time was used up: run it alone with --only, or without --quick"
 
 
@@ -238,13 +241,18 @@ def _model_rows(
     whole = found.counted if found.rounded else found.everywhere
     kl = metrics.BF16_MEAN_KL if bench.model is None else metrics.QUANTISED_MEAN_KL
     limits = {"kl_mean": kl} if found.rounded else {"relative_l2": metrics.EXACT_SAME_RELATIVE}
+    a, b = (side.split(":")[1:] for side in sides)
+    fast = a[0] == "fast"
+    if a == b and fast and bench.model is None:
+        limits["kl_mean_everywhere"] = metrics.SAME_ROUNDINGS_MEAN_KL
     values = {**whole.values(), "verdict": found.verdict, "kl_mean_everywhere": found.everywhere.kl_mean}
     yield _row(bench, f"{key}/all", f"{pair}: {found.verdict}", values, limits, **setting)
     shares = {"same_experts": found.routes, "same_picks": found.picks}
     told = {name: share for name, share in shares.items() if share is not None}
-    # between two numerics options roundings may choose; in the same one only ties within a rounding may
-    same = sides[0].split(":")[1:] == sides[1].split(":")[1:]
-    wanted = {f">={name}": SETS_EQUAL_LIMIT for name in told} if same else {}
+    # between two numerics options roundings may choose; in the same one only near ties may fall the other way
+    wanted = (
+        {f">={name}": _SAME_CHOICES_FAST if fast else SETS_EQUAL_LIMIT for name in told} if a == b else {}
+    )
     yield _row(
         bench, f"{key}/choices", f"{pair}: experts and picked entries of a token are the same sets", told, wanted,
         f"least in {found.worst_choice}", **setting,
@@ -339,12 +347,20 @@ def _separation_rows(bench: Bench, found: list[calibration.Calibrated]) -> Itera
             "largest_rounding": apart.largest_rounding, "smallest_mistake": apart.smallest_mistake,
             "mistakes_among_roundings": apart.mixed, "mistakes": sum(c.plant.wrong for c in found),
         }  # fmt: skip
-        # the verdicts rest on these two; mean KL is told to show why it is not enough
-        rests = name in ("exact_relative_l2", "layer_relative_l2")
+        # limits rest on these; the mean KL of anything to anything is told to show why it is not enough
+        rests = name in ("exact_relative_l2", "same_roundings_mean_kl", "layer_relative_l2")
         what = f"{name}: the largest of a rounding and the smallest of a mistake"
         yield _row(
             bench, key, what, values, {"mistakes_among_roundings": 0} if rests else {}, model="v4-nano"
         )
+    missed = [c.plant.name for c in found if c.plant.wrong and not c.seen_by_layers]
+    blamed = [
+        c.plant.name for c in found if not c.plant.wrong and not c.plant.touches_weights and c.seen_by_layers
+    ]
+    yield _row(
+        bench, "parity/calibration/layer-limits", "mistakes that pass the limits of single layers, and roundings that do not",
+        {"missed": len(missed), "blamed": len(blamed)}, {"missed": 0, "blamed": 0}, ", ".join(missed + blamed), model="v4-nano",
+    )  # fmt: skip
 
 
 def invariance(bench: Bench) -> Iterator[Row]:
