@@ -384,7 +384,8 @@ def _layer_row(bench: Bench, case: LayerCase) -> Row:
     limits = {"relative_l2": OUTPUT_LIMIT, ">=finite": 1}
     if judged(values, limits) == "ok":
         bench.say(f"{case.key}: timing")
-        rounds = sample(found.step, _LAYER_S[bench.quick], least=3)
+        # it ran before, for the comparison
+        rounds = sample(found.step, _LAYER_S[bench.quick], least=3, warm=0)
         values |= {**rounds.values(), "spread": rounds.spread, "load": rounds.load}
     row = _row(bench, case.key, _layer_name(case), setting, values, limits=limits)
     return replace(row, seconds=round(time.monotonic() - began, 3))

@@ -46,7 +46,8 @@ def run(bench: Bench) -> Iterator[Row]:
     ceilings = measure_ceilings(bench)
     limit = QUICK_LIMIT_BYTES if bench.quick else _FULL_LIMIT_BYTES
     config = ModelConfig.from_folder(bench.model or bundled_folder())
-    yield noise_row(bench)
+    if bench.wants("ops/noise"):
+        yield noise_row(bench)
     found: list[tuple[OpCase, Timed, float]] = []
     # one run of pytest per op, so that an interrupted suite keeps the ops before
     for name in dict.fromkeys(c.op.name for c in cases):
