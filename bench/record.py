@@ -27,8 +27,10 @@ Status = Literal["running", "interrupted", "complete"]
 
 # what a row may not say when its result is wrong
 SPEED_ENDINGS = ("_s", "_per_s", "_of_ceiling", "_ratio")
-# what a row of evidence `device` must be able to show
-DEVICE_PROOF = ("uuid", "driver")
+# what a record must know of its device before a row may claim evidence `device`
+DEVICE_PROOF = ("uuid", "driver", "kernel_s")
+# suites whose rows are about time: on a device it is the device's own clock that counts
+_TIMED_SUITES = ("ops", "device")
 
 
 class BadRecord(V4Error):
@@ -124,7 +126,8 @@ class Record:
     Attributes:
         started, finished: UTC, ISO 8601. status: `interrupted` and `running` files can be resumed.
         command: as it was typed. options: what the run chose; resuming requires the same.
-        machine: processor, cores, threads, memory, load. software: versions. device: name, uuid and driver of an accelerator.
+        machine: processor, cores, threads, memory, load. software: versions. device: what
+            `Backend.identity` says of an accelerator.
         models: name to fingerprint and sizes of every model that was measured.
         ceilings: what this machine can do, measured in this run (`bench/ceilings.py`).
         stages: stage to state (`done`, `skipped`, `broken`), seconds, budget and note.
@@ -148,7 +151,7 @@ class Record:
         """Append a row; a row of the same key is replaced.
 
         Raises:
-            BadRecord: for a `device` row of a run that cannot name its device, or without kernel times.
+            BadRecord: for a `device` row of a run that cannot name its device, or with times that are not the device's.
         """
         self._check_device(row)
         self.rows = [kept for kept in self.rows if kept.key != row.key] + [row]
@@ -230,5 +233,7 @@ class Record:
             raise BadRecord(
                 f"row `{row.key}` claims evidence `device`, but the record has no {' and no '.join(missing)} of a device"
             )
-        if not any(name.startswith("kernel") and name.endswith("_s") for name in row.values):
+        kernel_times = any(name.startswith("kernel") and name.endswith("_s") for name in row.values)
+        timed = any(name.endswith(SPEED_ENDINGS) for name in row.values)
+        if row.suite in _TIMED_SUITES and timed and not kernel_times:
             raise BadRecord(f"row `{row.key}` claims evidence `device` without kernel times")

@@ -79,9 +79,12 @@ def stages(options: Options) -> list[Stage]:
         if options.only and not wanted:
             continue
         every: tuple[Stage, ...] = importlib.import_module(f"v4sdk_bench.suites.{suite}").STAGES
-        named = [s for s in every if any(f"{p}/".startswith(f"{s.name}/") for p in wanted)]
         # a key need not begin with its stage's name: then every stage of the suite may hold it
-        found += named or every
+        named = {p: [s for s in every if f"{p}/".startswith(f"{s.name}/")] for p in wanted}
+        if wanted and all(named.values()):
+            found += [s for s in every if any(s in of_prefix for of_prefix in named.values())]
+        else:
+            found += every
     strangers = [p for p in options.only if p.partition("/")[0] not in options.suites]
     if strangers:
         raise BenchError(

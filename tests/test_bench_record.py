@@ -57,9 +57,9 @@ def test_rows_outside_the_schema_are_refused(row: tuple[str, ...], complaint: st
 @pytest.mark.parametrize(
     ("device", "values", "complaint"),
     [
-        (None, {"kernel_s": 1e-6}, "no uuid and no driver"),
-        ({"uuid": "u"}, {"kernel_s": 1e-6}, "no driver"),
-        ({"uuid": "u", "driver": "1"}, {"median_s": 1e-6}, "without kernel times"),
+        (None, {"kernel_s": 1e-6}, "no uuid and no driver and no kernel_s"),
+        ({"uuid": "u", "driver": "1"}, {"kernel_s": 1e-6}, "no kernel_s"),
+        ({"uuid": "u", "driver": "1", "kernel_s": 2e-6}, {"median_s": 1e-6}, "without kernel times"),
     ],
 )
 def test_device_evidence_needs_its_proof(
@@ -75,9 +75,10 @@ def test_device_evidence_needs_its_proof(
 
 
 def test_device_evidence_with_its_proof_is_taken() -> None:
-    made = record(device={"uuid": "u", "driver": "1"})
-    made.add(Row("device/x", "x", "ok", "device", {"kernel_s": 1e-6}))
-    assert made.row("device/x") is not None
+    made = record(device={"uuid": "u", "driver": "1", "kernel_s": 2e-6})
+    made.add(Row("device/x", "x", "ok", "device", {"median_s": 2e-6, "kernel_s": 1e-6}))
+    made.add(Row("parity/x", "x", "ok", "device", {"max_abs": 0.0}))
+    assert len(made.rows) == 2
 
 
 @pytest.mark.parametrize(

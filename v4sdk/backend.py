@@ -144,8 +144,12 @@ class Backend(ABC):
         """Free and total memory of the device (optional; None: ask the operating system)."""
         return None
 
-    def identity(self) -> Mapping[str, str] | None:
-        """Name, `uuid` and `driver` of the accelerator (optional; None: the device is the host)."""
+    def identity(self) -> Mapping[str, str | float] | None:
+        """Name the accelerator (optional; None: the device is the host).
+
+        Returns:
+            `name`, `uuid`, `driver`, and `kernel_s`: seconds by the device's own clock of a small kernel it has just run.
+        """
         return None
 
     def doctor(self) -> Sequence[DoctorRow]:

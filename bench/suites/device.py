@@ -11,7 +11,7 @@ _WHAT = "the accelerator names itself: model, UUID, driver"
 
 
 def identity(bench: Bench) -> Iterator[Row]:
-    """One row with the device's name; every row of evidence `device` rests on it."""
+    """One row with the device's name and the time of one kernel; every row of evidence `device` rests on it."""
     command = f"v4sdk bench run --suite device --backend {bench.backend.name}"
     found = bench.backend.identity()
     if found is None:
