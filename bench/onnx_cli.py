@@ -54,7 +54,8 @@ def export_onnx(
 
     \b
     prefill   token_ids [T] int64  ->  logits [T, V]
-    a block   token_ids [T], streams_i [T, M, N]  ->  streams_i+1, what was routed and picked
+    a block   streams_i [T, M, N]    ->  streams_i+1, the experts and entries it chose
+              (and token_ids, where experts are chosen by them)
 
     T is open unless --tokens fixes it; memory grows with T squared. Logits of a position do not depend on later tokens, so
     a file of fixed length serves shorter prompts that are filled up with any id. The files describe themselves under

@@ -47,7 +47,8 @@ class Part:
 
     Attributes:
         name: `prefill`, `embed`, `head`, or a block's kind. what: in words.
-        inputs, outputs: value names of a traced graph. layer: place of a block in the traced chain.
+        inputs, outputs: value names of a traced graph; a file takes those it needs.
+        layer: place of a block in the traced chain.
     """
 
     name: str
@@ -110,7 +111,7 @@ def prefill_part(config: ModelConfig, with_choices: bool = False) -> Part:
 def block_parts(config: ModelConfig, names: Sequence[int], layers: Sequence[int] | None = None) -> list[Part]:
     """The embedding, blocks of a chain of layers (all by default) and the head, each on its own.
 
-    A block takes `token_ids` [T], which hashed routing reads, and streams [T, M, N]; it gives streams and its choices.
+    A block takes streams [T, M, N], with hashed routing also `token_ids` [T], and gives streams and what it chose.
 
     Args:
         names: where each layer of the chain stands in its checkpoint. layers: places in the chain.
@@ -126,7 +127,10 @@ def block_parts(config: ModelConfig, names: Sequence[int], layers: Sequence[int]
         outputs = (f"streams_{i + 1}", *choices(spec))
         parts.append(Part(name, what, ("token_ids", f"streams_{i}"), outputs, i))
     last = f"streams_{config.num_hidden_layers}"
-    return [*parts, Part("head", "collapse of the streams, norm and logits", (last,), ("logits",))]
+    return [
+        *parts,
+        Part("head", "collapse of the streams, norm and logits", ("token_ids", last), ("logits",)),
+    ]
 
 
 _KINDS: Mapping[str, str] = {
@@ -152,7 +156,7 @@ def model_of(traced: Traced, part: Part) -> ir.Model:
         "layers": json.dumps([source.layers[part.layer]] if part.layer is not None else source.layers),
         "tokens": "any" if traced.tokens is None else str(traced.tokens),
         "opset": str(opset),
-        "inputs": ",".join(part.inputs),
+        "inputs": ",".join(str(value.name) for value in model.graph.inputs),
         "outputs": ",".join(part.outputs),
         "torch": torch.__version__,
     }

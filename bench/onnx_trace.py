@@ -195,11 +195,23 @@ def trace(
 
 
 def cut(traced: Traced, inputs: Sequence[str], outputs: Sequence[str]) -> ir.Model:
-    """Take the part between named values out of a traced graph; weights are shared, not copied."""
+    """Take the part between named values out of a traced graph; weights are shared, not copied.
+
+    Of `token_ids` some parts need no more than how many they are; those take it from the streams and do without.
+    """
     import onnx_ir as ir
 
     part = ir.convenience.extract(traced.graph.graph, list(inputs), list(outputs))
     part.name = "v4"
+    first, *streams = part.inputs
+    if streams:
+        for user, at in list(first.uses()):
+            if user.op_type == "Shape":
+                user.replace_input_with(at, streams[0])
+                # ids have one dimension, which is the first of the streams
+                user.attributes["end"] = ir.AttrInt64("end", 1)
+        if not first.uses():
+            part.inputs.remove(first)
     return ir.Model(part, ir_version=traced.graph.ir_version)
 
 
@@ -243,7 +255,7 @@ class _Prefill(torch.nn.Module):
         batch = Batch(
             token_ids, torch.arange(num_tokens, dtype=torch.int32),
             torch.tensor([0, 1], dtype=torch.int32) * num_tokens, torch.zeros(1, dtype=torch.int32),
-            torch.arange(num_pages, dtype=torch.int32)[None], torch.zeros_like(token_ids), self._page_tokens,
+            torch.arange(num_pages, dtype=torch.int32)[None], torch.zeros(num_tokens, dtype=torch.long), self._page_tokens,
         )  # fmt: skip
         caches = [
             LayerCache(
