@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -325,6 +326,18 @@ def test_the_driver_names_the_lost_rank_and_tells_the_others() -> None:
     other.close()
 
 
+def test_a_rank_that_hangs_is_told_from_one_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("v4sdk.expert_parallel.team._VERDICT_S", 0.1)
+    near, far = _pair()
+    team, other = Team(0, 2, "waves", 1.0, None, {1: near}), Team(1, 2, "waves", 1.0, None, {0: far})
+    error = team.failed(cause=RuntimeError("[a/file.cc:12] Timed out waiting 1000ms"))
+    assert error.message == "the ranks could not exchange at loading: Timed out waiting 1000ms"
+    assert "--ep-timeout" in str(error.hint)
+    assert other.failed(cause=RuntimeError("the same")).message == error.message
+    for one in (team, other):
+        one.close()
+
+
 def test_a_rank_that_cannot_load_says_why_to_the_driver() -> None:
     near, far = _pair()
     team, other = Team(0, 2, "waves", 1.0, None, {1: near}), Team(1, 2, "waves", 1.0, None, {0: far})
@@ -466,28 +479,35 @@ json.dump(found, open(out, "w"))
 
 
 @pytest.fixture(scope="session")
-def single(tmp_path_factory: pytest.TempPathFactory, uneven_folder: Path, golden: Path) -> str:
+def folders(uneven_folder: Path, golden: Path) -> dict[str, str]:
+    """Checkpoints by name; the bundled model has none."""
+    return {"uneven": str(uneven_folder), "tiny-quant": str(golden / "tiny-quant"), "nano": "nano"}
+
+
+@pytest.fixture(scope="session")
+def single(tmp_path_factory: pytest.TempPathFactory, folders: dict[str, str]) -> dict[str, Any]:
     """What one process gives."""
     out = tmp_path_factory.mktemp("single") / "found.json"
-    folders = (str(uneven_folder), str(golden / "tiny-quant"), "nano")
-    subprocess.run(
-        [sys.executable, "-c", _SCRIPT, "1", str(out), *folders],
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    return out.read_text()
+    command = [sys.executable, "-c", _SCRIPT, "1", str(out), *folders.values()]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    found: dict[str, Any] = json.loads(out.read_text())
+    return found
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize(
+    ("processes", "models"), [(2, ("uneven", "tiny-quant", "nano")), (4, ("uneven", "nano"))]
+)
 def test_prefill_decode_batches_and_states_are_bit_equal_to_one_process(
-    processes: int, single: str, launcher: Launcher, uneven_folder: Path, golden: Path, tmp_path: Path
-) -> None:
+    processes: int, models: tuple[str, ...], single: dict[str, Any], launcher: Launcher, folders: dict[str, str],
+    tmp_path: Path,
+) -> None:  # fmt: skip
     out = tmp_path / "found.json"
-    folders = (str(uneven_folder), str(golden / "tiny-quant"), "nano")
-    for rank in launcher.ranks(processes, sys.executable, "-c", _SCRIPT, str(processes), str(out), *folders):
-        status, said, complaint = rank.ended()
-        assert (status, said, complaint) == (0, "", "")
-    assert out.read_text() == single
+    asked = [folders[name] for name in models]
+    for rank in launcher.ranks(processes, sys.executable, "-c", _SCRIPT, str(processes), str(out), *asked):
+        assert rank.ended() == (0, "", "")
+    found = json.loads(out.read_text())
+    assert len(found) == 2 * len(models)
+    assert found == {key: single[key] for key in found}
 
 
 @pytest.fixture
@@ -510,7 +530,8 @@ def _is_answering(rank: Rank) -> bool:
 def test_a_killed_rank_ends_all_others_with_the_same_error(
     victim: int, launcher: Launcher, busy: tuple[str, ...]
 ) -> None:
-    ranks = launcher.ranks(3, *_run(3, *busy))
+    count = 3 if victim else 2
+    ranks = launcher.ranks(count, *_run(count, *busy))
     until(lambda: _is_answering(ranks[0]))
     ranks[victim].process.kill()
     start = time.monotonic()
@@ -519,7 +540,7 @@ def test_a_killed_rank_ends_all_others_with_the_same_error(
     for status, _, err in others:
         assert status == 1
         assert "Traceback" not in err
-        expected = "rank 1 of 3 was lost at layer" if victim else "rank 0 of 3, the driver, was lost"
+        expected = "rank 1 of 3 was lost at layer" if victim else "rank 0 of 2, the driver, was lost"
         assert f"error: {expected}" in err
         assert "hint: start all processes again" in err
     assert all(out == "" for _, out, _ in others[0 if victim == 0 else 1 :])

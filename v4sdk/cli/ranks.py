@@ -26,7 +26,11 @@ def joined(settings: Settings) -> Iterator[Team | None]:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with Team.join(settings.ep, settings.ep_schedule, settings.ep_timeout) as team:
         _end_with_the_others(team)
-        yield team
+        try:
+            yield team
+        finally:
+            # what is left is to say why; a launcher's signal in that moment must not change the exit status
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def serve(team: Team, settings: Settings) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -310,7 +311,8 @@ def _await_all(channels: Mapping[int, Channel], until: float, last: Callable[[Me
 
 
 def _first_line(exc: BaseException | None) -> str:
-    return (str(exc).splitlines() or [type(exc).__name__])[0]
+    # some libraries begin with the place in their own source
+    return re.sub(r"^\[[^]]*\]\s*", "", (str(exc).splitlines() or [type(exc).__name__])[0])
 
 
 def _store(rank: int, processes: int, until: float) -> Store:
