@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from v4sdk_bench.agreement import Comparison, SameTokens, Text
+    from v4sdk_bench.agreement import Comparison, Text
+    from v4sdk_bench.same_tokens import SameTokens
 
 _MODEL = click.option("--model", metavar="PATH|ID", help="Checkpoint folder or hub id (default: v4-nano).")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
@@ -48,8 +49,10 @@ def compare(
     """
     from v4sdk_bench import agreement as ag
     from v4sdk_bench.metrics import overall
+    from v4sdk_bench.same_tokens import same_tokens
+    from v4sdk_bench.sides import Side, label
 
-    sides = ag.Side.parse(first), ag.Side.parse(second)
+    sides = Side.parse(first), Side.parse(second)
     with sides[0].load(model) as a, sides[1].load(model) as b:
         text = ag.read_prompts(prompts, a) if prompts else ag.default_text(a, seed=seed)
         same = (a.loaded.backend.name, a.numerics, a.kv_format) == (
@@ -67,11 +70,11 @@ def compare(
             rounded=rounded,
         )
         asked = None if prompts is None else text.prompts
-        written = ag.same_tokens(a, b, asked, tokens, seed)
-        names, backends = (ag.label(a), ag.label(b)), (a.loaded.backend, b.loaded.backend)
+        written = same_tokens(a, b, asked, tokens, seed)
+        names, backends = (label(a), label(b)), (a.loaded.backend, b.loaded.backend)
         is_rule = a.numerics.name == b.numerics.name == "reference"
     equations = (
-        _equations(ag, backends, model, text) if rounded and backends[0].name != backends[1].name else None
+        _equations(backends, model, text) if rounded and backends[0].name != backends[1].name else None
     )
     verdict = found.verdict if equations is None else overall(found.verdict, equations.verdict)
     broken = is_rule and bool(written.broken)
@@ -83,9 +86,12 @@ def compare(
     return int(verdict == "different model" or broken)
 
 
-def _equations(ag: Any, backends: tuple[Any, Any], model: str | None, text: Text) -> Comparison:
+def _equations(backends: tuple[Any, Any], model: str | None, text: Text) -> Comparison:
     """Both backends without roundings."""
-    with ag.Side(backends[0], "exact").load(model) as a, ag.Side(backends[1], "exact").load(model) as b:
+    from v4sdk_bench import agreement as ag
+    from v4sdk_bench.sides import Side
+
+    with Side(backends[0], "exact").load(model) as a, Side(backends[1], "exact").load(model) as b:
         found: Comparison = ag.compare(
             ag.score(a.loaded, text), ag.score(b.loaded, text), text, a.config, rounded=False
         )
@@ -174,8 +180,8 @@ def invariances(
     Prefill and decode, chunks and whole, batch and alone, saved and fresh, fork and original, rewound and fresh, run and
     rerun. Exit code 1 if one is beyond its limit.
     """
-    from v4sdk_bench.agreement import Side
     from v4sdk_bench.invariances import check
+    from v4sdk_bench.sides import Side
 
     side = Side(backend, numerics, kv_format)
     found = []

@@ -17,7 +17,7 @@ from v4sdk.backend import Backend, Kernel, kernel
 from v4sdk.kv_cache import KVCache
 from v4sdk.numerics import EXACT, FAST, REFERENCE
 from v4sdk_bench import invariances
-from v4sdk_bench.agreement import Side
+from v4sdk_bench.sides import Side
 from v4sdk_bench.stage import BenchError
 
 

@@ -21,7 +21,8 @@ from v4sdk.errors import ShapeError
 from v4sdk.loading import bundled_folder
 from v4sdk.weights import WeightSource
 from v4sdk_bench import agreement as ag
-from v4sdk_bench import calibration, evaluate, metrics, plants
+from v4sdk_bench import calibration, evaluate, metrics, plants, sides
+from v4sdk_bench import same_tokens as rule
 from v4sdk_bench.compare_cli import compare
 from v4sdk_bench.record import Record
 from v4sdk_bench.stage import Bench, BenchError
@@ -172,11 +173,11 @@ def test_verdicts_follow_the_tiers(noise: float, same_backend: bool, rounded: bo
 
 
 def test_a_side_is_a_backend_with_two_options() -> None:
-    assert ag.Side.parse("cpu:reference:bf16") == ag.Side("cpu", "reference", "bf16")
-    assert ag.Side.parse("cpu") == ag.Side("cpu", "fast", None)
-    assert isinstance(ag.Side.parse("references:exact").backend, ag.References)
+    assert sides.Side.parse("cpu:reference:bf16") == sides.Side("cpu", "reference", "bf16")
+    assert sides.Side.parse("cpu") == sides.Side("cpu", "fast", None)
+    assert isinstance(sides.Side.parse("references:exact").backend, sides.References)
     with pytest.raises(BenchError, match=r"side `cpu::bf16`"):
-        ag.Side.parse("cpu::bf16")
+        sides.Side.parse("cpu::bf16")
 
 
 def _margins(*margins: float) -> Tensor:
@@ -188,26 +189,26 @@ def test_another_token_is_excused_only_below_four_times_the_logit_difference() -
     b = a.clone()
     b[4, 1] += 0.2
     # threshold 0.8: four of five margins exceed it, and the fifth may fall either way
-    found = ag._judged((a, b), [((7,), [0, 0, 0, 0, 0], [0, 0, 0, 0, 1])])
+    found = rule._judged((a, b), [((7,), [0, 0, 0, 0, 0], [0, 0, 0, 0, 1])])
     assert found.broken == ()
-    assert found.first == ag.Difference(0, 4, 0, 1, pytest.approx(0.1))
+    assert found.first == rule.Difference(0, 4, 0, 1, pytest.approx(0.1))
     assert (found.share, found.compared) == (0.8, 4)
     # the same difference where the margin is 1.0 is none that the logits explain
-    wrong = ag._judged((a, b), [((7,), [0, 0, 0, 0, 0], [0, 0, 1, 0, 0])])
+    wrong = rule._judged((a, b), [((7,), [0, 0, 0, 0, 0], [0, 0, 1, 0, 0])])
     assert len(wrong.broken) == 1
     assert "margin 1.00e+00 exceeds 8.00e-01" in wrong.broken[0]
 
 
 def test_margins_must_tell_something() -> None:
     a = _margins(0.1, 0.1, 0.1, 5.0)
-    found = ag._judged((a, a + torch.tensor([0.05, 0.0, 0.0])), [((7,), [0] * 4, [0] * 4)])
+    found = rule._judged((a, a + torch.tensor([0.05, 0.0, 0.0])), [((7,), [0] * 4, [0] * 4)])
     assert [b for b in found.broken if "only 25.0% of the margins" in b]
 
 
 def test_the_rule_over_two_sessions(chat_folder: Path) -> None:
-    side = ag.Side("cpu", "reference")
+    side = sides.Side("cpu", "reference")
     with side.load(chat_folder) as a, side.load(chat_folder) as b:
-        found = ag.same_tokens(a, b, [[5, 9, 3], [8, 8]], tokens=6)
+        found = rule.same_tokens(a, b, [[5, 9, 3], [8, 8]], tokens=6)
     assert (found.logit_difference, found.first, found.broken) == (0.0, None, ())
     assert found.prompts == 2
     assert found.compared == found.tokens
@@ -215,7 +216,7 @@ def test_the_rule_over_two_sessions(chat_folder: Path) -> None:
 
 def test_prompts_are_read_as_ids_or_refused_by_line(chat_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
-    with ag.Side("cpu").load(chat_folder) as session:
+    with sides.Side("cpu").load(chat_folder) as session:
         path.write_text("[1, 2, 3]\nWhat is 3 + 4?\n", encoding="utf-8")
         text = ag.read_prompts(path, session)
         assert text.prompts[0] == (1, 2, 3)
@@ -230,7 +231,7 @@ def test_prompts_are_read_as_ids_or_refused_by_line(chat_folder: Path, tmp_path:
 
 def test_scores_equal_the_session_s_logits(chat_folder: Path) -> None:
     ids = [5, 9, 3, 7, 200, 41] * 8
-    with ag.Side("cpu", "exact").load(chat_folder) as session:
+    with sides.Side("cpu", "exact").load(chat_folder) as session:
         text = ag.Text.of([ids, ids[:9]], "test")
         found = ag.score(session.loaded, text, chunk=1024)
         assert torch.equal(found.logits, torch.cat([session.logits(ids), session.logits(ids[:9])]))
@@ -451,7 +452,7 @@ def _compare(*args: str) -> tuple[int, str]:
 def test_compare_prints_a_table_or_json(chat_folder: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("[5, 9, 3, 7, 200, 41, 5, 9, 3, 7]\n[1, 2, 3]\n", encoding="utf-8")
-    sides = [
+    args = [
         "--a",
         "cpu:reference",
         "--b",
@@ -463,10 +464,10 @@ def test_compare_prints_a_table_or_json(chat_folder: Path, tmp_path: Path) -> No
         "--tokens",
         "3",
     ]
-    status, told = _compare(*sides)
+    status, told = _compare(*args)
     assert "verdict: " in told
     assert "0-3" in told
-    again, text = _compare(*sides, "--json")
+    again, text = _compare(*args, "--json")
     report = json.loads(text)
     assert status == again == int(report["verdict"] == "different model")
     assert report["a"] == "cpu:reference:native"

@@ -16,8 +16,9 @@ from v4sdk.ops import OPS
 from v4sdk.testing import CaseResult, run_conformance
 from v4sdk.weights import WeightSource
 from v4sdk_bench import agreement as ag
-from v4sdk_bench import calibration, evaluate, invariances, layers, metrics, onnx_witness
+from v4sdk_bench import calibration, evaluate, invariances, layers, metrics, onnx_witness, sides
 from v4sdk_bench import parity as table
+from v4sdk_bench import same_tokens as rule
 from v4sdk_bench.golden import SETS_EQUAL_LIMIT
 from v4sdk_bench.record import Row, Value, judged, not_run
 from v4sdk_bench.stage import Bench, Stage
@@ -151,8 +152,8 @@ def layer(bench: Bench) -> Iterator[Row]:
             continue
         bench.say(f"layers in {numerics}")
         with (
-            ag.Side(ag.References(), numerics).load(bench.model) as reference,
-            ag.Side(bench.backend, numerics).load(bench.model) as other,
+            sides.Side(sides.References(), numerics).load(bench.model) as reference,
+            sides.Side(bench.backend, numerics).load(bench.model) as other,
         ):
             ids = _layer_ids(reference, bench.seed)
             pair = reference.loaded.model, other.loaded.model
@@ -203,10 +204,10 @@ def model(bench: Bench) -> Iterator[Row]:
             nonlocal text
             at = references, numerics, fmt
             if at not in scored:
-                backend = ag.References() if references else bench.backend
-                session = stack.enter_context(ag.Side(backend, numerics, fmt).load(bench.model))
+                backend = sides.References() if references else bench.backend
+                session = stack.enter_context(sides.Side(backend, numerics, fmt).load(bench.model))
                 text = text or ag.default_text(session, 1 if bench.quick else 4, bench.seed)
-                bench.say(f"reading in {ag.label(session)}")
+                bench.say(f"reading in {sides.label(session)}")
                 scored[at] = session, ag.score(session.loaded, text)
             return scored[at]
 
@@ -227,21 +228,21 @@ def model(bench: Bench) -> Iterator[Row]:
             # rows of a narrower format are rounded, whatever the numerics
             rounded = first[1:] != second[1:] or first[1] != "exact"
             found = ag.compare(scored_a, scored_b, text, a.config, rounded=rounded)
-            yield from _model_rows(bench, key, (ag.label(a), ag.label(b)), found, text)
+            yield from _model_rows(bench, key, (sides.label(a), sides.label(b)), found, text)
         if bench.wants("parity/model/backend-vs-references/same-tokens"):
             bench.say("greedy answers of both")
             yield _same_tokens_row(bench, side(True, "reference", None)[0], side(False, "reference", None)[0])
 
 
 def _model_rows(
-    bench: Bench, key: str, sides: tuple[str, str], found: ag.Comparison, text: ag.Text
+    bench: Bench, key: str, labels: tuple[str, str], found: ag.Comparison, text: ag.Text
 ) -> Iterator[Row]:
-    setting = {"model": _model_name(bench), "a": sides[0], "b": sides[1], "text": text.what}
-    pair = f"{sides[1]} against {sides[0]}"
+    setting = {"model": _model_name(bench), "a": labels[0], "b": labels[1], "text": text.what}
+    pair = f"{labels[1]} against {labels[0]}"
     whole = found.counted if found.rounded else found.everywhere
     kl = metrics.BF16_MEAN_KL if bench.model is None else metrics.QUANTISED_MEAN_KL
     limits = {"kl_mean": kl} if found.rounded else {"relative_l2": metrics.EXACT_SAME_RELATIVE}
-    a, b = (side.split(":")[1:] for side in sides)
+    a, b = (name.split(":")[1:] for name in labels)
     fast = a[0] == "fast"
     if a == b and fast and bench.model is None:
         limits["kl_mean_everywhere"] = metrics.SAME_ROUNDINGS_MEAN_KL
@@ -265,7 +266,7 @@ def _model_rows(
 
 def _same_tokens_row(bench: Bench, a: Session, b: Session) -> Row:
     key = "parity/model/backend-vs-references/same-tokens"
-    found = ag.same_tokens(a, b, seed=bench.seed)
+    found = rule.same_tokens(a, b, seed=bench.seed)
     values: dict[str, Value] = {
         "broken": len(found.broken), "share": found.share, "kl_mean": found.kl_mean, "prompts": found.prompts,
         "tokens": found.tokens, "compared": found.compared, "logit_difference": found.logit_difference,
@@ -277,8 +278,9 @@ def _same_tokens_row(bench: Bench, a: Session, b: Session) -> Row:
             "first_at": found.first.at,
             "first_margin": found.first.margin,
         }
-    limits = {"broken": 0.0, ">=share": ag.MARGIN_SHARE, "kl_mean": metrics.BF16_MEAN_KL}
-    what = f"greedy tokens of {ag.label(b)} and {ag.label(a)}: equal wherever the margin exceeds 4 times the logit difference"
+    limits = {"broken": 0.0, ">=share": rule.MARGIN_SHARE, "kl_mean": metrics.BF16_MEAN_KL}
+    pair = f"{sides.label(b)} and {sides.label(a)}"
+    what = f"greedy tokens of {pair}: equal wherever the margin exceeds 4 times the logit difference"
     return _row(bench, key, what, values, limits, "; ".join(found.broken), model=_model_name(bench))
 
 
@@ -297,7 +299,7 @@ def calibrate(bench: Bench) -> Iterator[Row]:
         return
     found = []
     with (
-        Session.load(None, backend=ag.References(), numerics="exact") as session,
+        Session.load(None, backend=sides.References(), numerics="exact") as session,
         Checkpoint(_folder(bench)) as held,
     ):
         quantization = session.config.quantization
@@ -375,7 +377,7 @@ def invariance(bench: Bench) -> Iterator[Row]:
             continue
         bench.say(f"invariances in {numerics}")
         for found in invariances.check(
-            lambda n=numerics: ag.Side(bench.backend, n).load(bench.model), bench.seed
+            lambda n=numerics: sides.Side(bench.backend, n).load(bench.model), bench.seed
         ):
             yield _row(
                 bench, f"{prefix}/{found.check.key}", f"{found.check.name}: {found.check.what}; {found.verdict}",
