@@ -201,6 +201,12 @@ class Depth:
     again: Times
     load: float = 0.0
 
+    def round_s(self, tokens: int, steps: int) -> float:
+        """What a round at another depth will take: prefill in proportion, decoding as here."""
+        every = [*self.times, self.again]
+        read = sum(statistics.median(times.prefill) for times in every) * tokens / self.tokens
+        return read + steps * sum(statistics.median(times.decode) for times in every if times.decode)
+
 
 def take_turns(
     lanes: Sequence[Running], ids: Sequence[int], depth: int, steps: int, rounds: int, say: Callable[[str], None]

@@ -156,7 +156,10 @@ def speed_row(
         "evidence": subject.evidence, "setting": subject.setting(engine=lane.engine, phase=phase, depth=depth.tokens),
         "command": subject.command, "seed": subject.seed,
     }  # fmt: skip
-    note = "" if trials else "its documented defaults; a full run tries its settings"
+    untried = (
+        "its defaults" if lane.engine == OURS else "its documented defaults; a full run tries its settings"
+    )
+    note = "" if trials else untried
     if phase == "decode":
         size = bytes_per_token(subject.config, lane.stored, depth.tokens)
         values["read_per_token_bytes"] = size

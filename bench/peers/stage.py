@@ -234,9 +234,9 @@ class _Run:
             yield skipped_row(self.subject, "all", why)
             return
         before = self._ceilings(lanes)
-        per_token = 0.0
+        last: Depth | None = None
         for depth in self.plan.depths:
-            expected = per_token * (depth + self.plan.steps)
+            expected = last.round_s(depth, self.plan.steps) if last else 0.0
             rounds = int(min(self.plan.rounds, self._time() / expected)) if expected else self.plan.rounds
             if rounds < self.plan.least or self._time() <= 0:
                 yield skipped_row(
@@ -244,7 +244,6 @@ class _Run:
                     f"{self.plan.least} rounds would take about {self.plan.least * expected:.0f} s", str(depth),
                 )  # fmt: skip
                 continue
-            began = time.monotonic()
             try:
                 found = take_turns(lanes, self.setup.ids, depth, self.plan.steps, rounds, self.bench.say)
             except PeerError as exc:
@@ -254,7 +253,7 @@ class _Run:
                 if dead.lane.engine == OURS:
                     return
                 continue
-            per_token = (time.monotonic() - began) / rounds / (depth + self.plan.steps)
+            last = found
             yield from self._depth_rows(lanes, found, [*before, *self._ceilings(lanes)])
 
     def _ceilings(self, lanes: list[Running]) -> list[Any]:
