@@ -502,7 +502,7 @@ def test_claims_stand_beside_what_was_found() -> None:
     found, _ = made(sample())
     line = cells_of(tables(found)["Claims"], "1M tokens, V4-Pro needs 27%")
     assert line[1:3] == ["27.0%", "✓ 26.8% (as claimed)"]
-    assert "reproduced by arithmetic" in line
+    assert "reproduced by arithmetic (claims/flops-1m/pro)" in line
     assert "not in this record" in cells_of(tables(found)["Claims"], "KV cache of V4-Pro is 10%")
     assert (
         tables(found)["Expert parallelism"]
@@ -598,6 +598,20 @@ def test_two_machines_are_compared() -> None:
     context = tables(found)["By context, v4-nano (3f9ac2d1)"]
     assert [cell.text for cell in context.rows[0][:2]] == ["512", "A"]
     assert [cell.text for cell in context.rows[1][:2]] == ["512", "B"]
+
+
+def test_many_comparisons_are_summed_up() -> None:
+    found, _ = made(sample(), sample(speed=2.0, backend="echo"))
+    line = cells_of(tables(found)["Which record is faster"], "B against A, ops: median")
+    assert line[1:] == [str(2 * len(OPS)), "2.00×", "2.00 to 2.00", f"B faster in {2 * len(OPS)}"]
+    assert tables(found)["Speeds of comparable rows"].folded
+
+
+def test_a_speed_without_a_spread_says_so() -> None:
+    found, _ = compare(Joined(sources(sample(), sample(speed=2.0))))
+    told = {c.quantity: c.verdict for c in found if c.key.endswith("frontier/512")}
+    assert told["ttft_s"] == "B is 2.00 times faster (its spread was not measured)"
+    assert told["tpot_s"] == "B is 2.00 times faster (1.79 to 2.23)"
 
 
 def test_the_same_speed_is_no_difference() -> None:

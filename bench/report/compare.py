@@ -148,6 +148,7 @@ def signature(source: Source, row: Row) -> dict[str, str]:
     for name, about in source.record.models.items():
         if name in parts or row.setting.get("model") == name:
             mark["model fingerprint"] = json.dumps(about.get("fingerprint"))
+            mark.pop("fingerprint", None)
     for name in SAMPLES:
         if row.values.get(name) is not None:
             mark[name] = json.dumps(row.values[name])
@@ -233,11 +234,12 @@ def compare(joined: Joined) -> tuple[list[Comparison], list[Incomparable]]:
             # other engines are compared with ours in their own run, not with themselves elsewhere
             if not names or line.key.startswith("model/peers/"):
                 continue
+            noise = max(source.noise(row.suite) or 0.0 for source, row in pair)
             why = not_comparable(*pair[0], *pair[1])
             if why is not None:
                 refused.append(Incomparable(line.key, left, right, why))
                 continue
-            found += [c for n in names if (c := _relate(line, n, left, right)) is not None]
+            found += [c for n in names if (c := _relate(line, n, left, right, noise)) is not None]
     return found, refused
 
 
@@ -279,7 +281,7 @@ def ends(row: Row, name: str) -> tuple[float, float]:
     return value, value
 
 
-def _relate(line: Line, name: str, left: str, right: str) -> Comparison | None:
+def _relate(line: Line, name: str, left: str, right: str, noise: float) -> Comparison | None:
     a, b = line.rows[left], line.rows[right]
     one, two = finite(a.values.get(name)), finite(b.values.get(name))
     if not one or not two:
@@ -289,11 +291,15 @@ def _relate(line: Line, name: str, left: str, right: str) -> Comparison | None:
         ratio, low, high = two / one, b_low / a_high, b_high / a_low
     else:
         ratio, low, high = one / two, a_low / b_high, a_high / b_low
-    noise = max(finite(row.values.get("noise")) or 0.0 for row in (a, b))
-    if low <= 1 <= high or abs(ratio - 1) <= noise:
-        verdict = "no difference beyond the spread"
-    elif ratio > 1:
-        verdict = f"{right} is {ratio:.2f} times faster ({low:.2f} to {high:.2f})"
-    else:
-        verdict = f"{left} is {1 / ratio:.2f} times faster ({1 / high:.2f} to {1 / low:.2f})"
+    verdict = _faster(left, right, ratio, low, high, noise)
     return Comparison(line.key, line.what, name, left, right, one, two, ratio, low, high, verdict)
+
+
+def _faster(left: str, right: str, ratio: float, low: float, high: float, noise: float) -> str:
+    """Which is faster, in words. A value without a spread is held to the noise that its suite measured."""
+    if low <= 1 <= high or abs(ratio - 1) <= noise:
+        return "no difference beyond the spread"
+    if ratio < 1:
+        left, right, ratio, low, high = right, left, 1 / ratio, 1 / high, 1 / low
+    how_sure = f"{low:.2f} to {high:.2f}" if low < high else "its spread was not measured"
+    return f"{right} is {ratio:.2f} times faster ({how_sure})"

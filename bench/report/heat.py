@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from v4sdk_bench.record import Row
@@ -21,24 +22,37 @@ def heat(joined: Joined, lines: Sequence[Line], caption: str, noun: str) -> Tabl
     columns = list(dict.fromkeys(place[1] for place in places.values()))
     if len(columns) > _MAP_COLUMNS:
         columns, places = [""], {key: (row, "") for key, (row, _) in places.items()}
-    wanted = [(label, column) for column in columns for label in joined.labels]
+    several = len(joined.sources) > 1
+    # many columns of many records: a row for each record then
+    stacked = several and len(columns) * len(joined.sources) > _MAP_COLUMNS
     rows: list[tuple[float, tuple[Cell, ...]]] = []
     for name in dict.fromkeys(place[0] for place in places.values()):
-        found: list[Cell] = []
-        worst = 0.0
-        for label, column in wanted:
-            here = [ln.rows[label] for ln in lines if places[ln.key] == (name, column) and label in ln.rows]
-            cell, share = _shade(here)
-            found.append(cell)
-            worst = max(worst, share if any(r.state == "failed" for r in here) else 0.0)
-        rows.append((worst, (Cell(name), *found)))
+        for labels in [[label] for label in joined.labels] if stacked else [joined.labels]:
+            here = [ln for ln in lines if places[ln.key][0] == name]
+            found = [
+                _shade([ln.rows[at] for ln in here if places[ln.key][1] == c and at in ln.rows])
+                for c in columns
+                for at in labels
+            ]
+            first = Cell(f"{name}, {labels[0]}" if stacked else name)
+            rows.append(
+                (
+                    max(share if cell.tone == "bad" else 0.0 for cell, share in found),
+                    (first, *(cell for cell, _ in found)),
+                )
+            )
     rows.sort(key=lambda pair: -pair[0])
     heads = [
-        " ".join(x for x in (column, label if len(joined.sources) > 1 else "") if x) or "worst"
-        for label, column in wanted
+        " ".join(x for x in (_words(column), label if several and not stacked else "") if x) or "worst"
+        for column in columns
+        for label in (joined.labels if not stacked else [""])
     ]
     note = "Percent of the accepted limit that the worst comparison of a cell uses; above 100% it failed."
     return Table(caption, (noun, *heads), tuple(row for _, row in rows), cells.commands(lines), note, "heat")
+
+
+def _words(column: str) -> str:
+    return column if column[:1].isdigit() else column.replace("-", " ")
 
 
 def _place(key: str) -> tuple[str, str]:
@@ -63,17 +77,9 @@ def _shade(rows: Sequence[Row]) -> tuple[Cell, float]:
     share = cells.worst_share(ran)
     failed = [row for row in ran if row.state == "failed"]
     if failed:
-        over = share if share is not None and share > 1 else float("inf")
-        said = (
-            f"{over * 100:.0f}%"
-            if over < 1e3
-            else "no number"
-            if over == float("inf")
-            else f"{digits(over)}×"
-        )
-        return Cell(
-            said if over != float("inf") else "failed", "bad", f"{len(failed)} of {len(ran)} failed"
-        ), over
+        over = share if share is not None and share > 1 else math.inf
+        said = "failed" if over == math.inf else f"{over * 100:.0f}%" if over < 10 else f"{digits(over)}×"
+        return Cell(said, "bad", f"{len(failed)} of {len(ran)} failed"), over
     if share is None:
         return Cell("no limit", ""), 0.0
     tone: Tone = "near" if share > 0.5 else "good"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from statistics import median
 
 from v4sdk_bench.record import Row
 from v4sdk_bench.report import cells
@@ -10,6 +11,9 @@ from v4sdk_bench.report.compare import NOISE_LIMIT, Comparison, Incomparable, Jo
 from v4sdk_bench.report.numbers import digits, finite, name_of, percent, show
 from v4sdk_bench.report.page import Block, Cell, Section, Table, Text
 from v4sdk_bench.report.sources import Source
+
+# rows of a comparison beyond these fold below their summary
+_MANY = 12
 
 
 def is_ratio(line: Line) -> bool:
@@ -107,7 +111,10 @@ def across(joined: Joined, found: Sequence[Comparison], refused: Sequence[Incomp
         columns = ("what", "quantity", "first", "second", "second against first", "verdict")
         note = "From separate runs, so the interval is the widest that both spreads allow; ratios within one process stand below."
         commands = tuple(dict.fromkeys(s.record.command for s in joined.sources))
-        blocks.append(Table("Speeds of comparable rows", columns, rows, commands, note))
+        blocks.append(_summary(found, commands))
+        blocks.append(
+            Table("Speeds of comparable rows", columns, rows, commands, note, folded=len(rows) > _MANY)
+        )
     else:
         blocks.append(Text("No two speeds of these records can be compared.", "warn"))
     if refused:
@@ -115,6 +122,34 @@ def across(joined: Joined, found: Sequence[Comparison], refused: Sequence[Incomp
         blocks.append(Table("Not compared, and why", ("what", "records", "reason"), rows, form="stack"))
     lead = "Rows are compared only if they have the same setting and model, and both sides are right."
     return Section("across", "Record against record", tuple(blocks), lead, nav="Records")
+
+
+def _summary(found: Sequence[Comparison], commands: tuple[str, ...]) -> Table:
+    """By pair, suite and quantity: how often which is faster, and by how much."""
+    groups: dict[tuple[str, str, str, str], list[Comparison]] = {}
+    for c in found:
+        groups.setdefault((c.left, c.right, c.key.partition("/")[0], c.quantity), []).append(c)
+    rows = []
+    for (left, right, suite, quantity), group in groups.items():
+        ratios = [c.ratio for c in group]
+        even = sum("no difference" in c.verdict for c in group)
+        ahead = sum(c.ratio > 1 and "no difference" not in c.verdict for c in group)
+        counts = (
+            (ahead, f"{right} faster in"),
+            (len(group) - ahead - even, f"{left} faster in"),
+            (even, "no difference in"),
+        )
+        rows.append(
+            (
+                Cell(f"{right} against {left}, {suite}: {name_of(quantity)}"),
+                Cell(str(len(group)), numeric=True),
+                Cell(f"{digits(median(ratios))}×", numeric=True),
+                Cell(f"{digits(min(ratios))} to {digits(max(ratios))}", numeric=True),
+                Cell(", ".join(f"{words} {count}" for count, words in counts if count)),
+            )
+        )
+    columns = ("records", "rows compared", "times as fast, median", "least to most", "verdicts")
+    return Table("Which record is faster", columns, tuple(rows), commands)
 
 
 def _side(joined: Joined, c: Comparison, label: str, value: float) -> Cell:
