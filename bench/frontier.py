@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from v4sdk_bench.long_context import peak_process_bytes
 from v4sdk_bench.record import Value
 from v4sdk_bench.stage import BenchError
-from v4sdk_bench.timing import Sample, percentile
+from v4sdk_bench.timing import Sample, device_seconds, percentile
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +65,7 @@ class Frontier:
             frontier, which took segment_s. steps: seconds of every decoded token.
         kv_bytes: of the cache as allocated, spare rows included; kv_formula_bytes: what the tokens need.
         peak_bytes: the most memory so far, of the process or of the device.
-        refused: why there is nothing here, else None.
+        refused: why there is nothing here, else None. kernel_steps: of steps, on the device's own clock; empty on a host.
     """
 
     tokens: int
@@ -79,6 +80,7 @@ class Frontier:
     peak_bytes: int = 0
     finite: bool = True
     refused: str | None = None
+    kernel_steps: tuple[float, ...] = ()
 
     def values(self) -> dict[str, Value]:
         """As values of a row."""
@@ -91,6 +93,8 @@ class Frontier:
         if not self.synthetic:
             found["ttft_s"] = self.prefill_s + self.first_s
             found["prefill_tokens_per_s"] = self.segment / self.segment_s
+        if self.kernel_steps:
+            found["kernel_tpot_s"] = statistics.median(self.kernel_steps)
         return found
 
 
@@ -133,26 +137,47 @@ def random_ids(session: Session, count: int, seed: int) -> list[int]:
     return found
 
 
-def probe(engine: Engine, states: Sequence[SequenceState], count: int) -> tuple[list[float], bool]:
-    """Decode `count` tokens of every sequence greedily: seconds of each step, and whether every log-probability is a number."""
+@dataclass(frozen=True)
+class Probe:
+    """Decoded tokens: seconds of each step, the same on the device's own clock (none on a host), and whether all
+    log-probabilities are numbers."""
+
+    seconds: tuple[float, ...]
+    kernel_seconds: tuple[float, ...]
+    finite: bool
+
+
+def probe(engine: Engine, states: Sequence[SequenceState], count: int) -> Probe:
+    """Decode `count` tokens of every sequence greedily."""
     import math
 
-    from v4sdk.decode import Sampler
+    from v4sdk.decode import DecodeStep, Sampler, TokenLogprob
     from v4sdk.sampling import SamplingParams
 
     greedy = SamplingParams(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, logprobs=True)
     sampler = Sampler(
         [greedy] * len(states), states, [None] * len(states), engine.model.config.vocab_size, engine.cache.device
     )  # fmt: skip
-    step, seconds, finite = None, [], True
+    step: DecodeStep | None = None
+    seconds, kernels, tokens = list[float](), list[float](), list[TokenLogprob]()
+    device, finite = engine.cache.device, True
+
+    def decode() -> None:
+        nonlocal tokens
+        assert step is not None
+        tokens = engine.decode(step, states)
+
     for _ in range(count):
         began = time.perf_counter()
         if step is None or step.steps_left == 0:
             step = engine.decode_step(states, sampler)
-        tokens = engine.decode(step, states)
+        if device.type == "cpu":
+            decode()
+        else:
+            kernels += device_seconds(decode, device, 1)
         seconds.append(time.perf_counter() - began)
         finite = finite and all(math.isfinite(t.logprob) for t in tokens)
-    return seconds, finite
+    return Probe(tuple(seconds), tuple(kernels), finite)
 
 
 def _warm(engine: Engine) -> None:
@@ -184,10 +209,11 @@ def _read(engine: Engine, session: Session, plan: Walk, frontiers: Sequence[int]
         with torch.inference_mode():
             fixed = engine.cache.snapshot_fixed(state.rows)
         state.ids = [*state.ids, first]
-        steps, finite = probe(engine, [state], plan.probe)
+        probed = probe(engine, [state], plan.probe)
         yield Frontier(
-            tokens, False, total, first_s, tokens - before, read - began, tuple(steps), engine.cache.nbytes,
-            kv_bytes(session.config, tokens, session.kv_format), peak_bytes(engine.cache.device), finite,
+            tokens, False, total, first_s, tokens - before, read - began, probed.seconds, engine.cache.nbytes,
+            kv_bytes(session.config, tokens, session.kv_format), peak_bytes(engine.cache.device), probed.finite,
+            kernel_steps=probed.kernel_seconds,
         )  # fmt: skip
         # entries beyond the frontier are overwritten by what is read next
         with torch.inference_mode():
@@ -207,11 +233,11 @@ def _made_up(engine: Engine, session: Session, plan: Walk, filled: int, tokens: 
         with torch.inference_mode():
             fill(engine.cache, state.rows, filled, plan.seed)
         state.ids, state.num_cached = [0] * (filled + 1), filled
-        steps, finite = probe(engine, [state], plan.probe)
+        probed = probe(engine, [state], plan.probe)
         return Frontier(
-            tokens, True, steps=tuple(steps), kv_bytes=engine.cache.nbytes,
+            tokens, True, steps=probed.seconds, kernel_steps=probed.kernel_seconds, kv_bytes=engine.cache.nbytes,
             kv_formula_bytes=kv_bytes(session.config, tokens, session.kv_format),
-            peak_bytes=peak_bytes(engine.cache.device), finite=finite,
+            peak_bytes=peak_bytes(engine.cache.device), finite=probed.finite,
         )  # fmt: skip
     finally:
         engine.free(state)
@@ -253,7 +279,8 @@ def in_a_process(plan: Walk) -> Iterator[Loading | Frontier]:
             if "load_s" in found:
                 yield Loading(**found)
             else:
-                yield Frontier(**found | {"steps": tuple(found["steps"])})
+                named: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+                yield Frontier(**named)
         _, said = child.communicate()
         if child.returncode:
             last = said.strip().splitlines()[-1:] or ["it said nothing"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from v4sdk import Session
 from v4sdk.engine import Engine
 from v4sdk.ops.op import Cost
 from v4sdk.sequence import SequenceState
-from v4sdk_bench.frontier import engine_of, probe, random_ids
+from v4sdk_bench.frontier import Probe, engine_of, probe, random_ids
 from v4sdk_bench.metrics import agreement, relative_l2
 from v4sdk_bench.op_counts import LibraryCalls, counted
 
@@ -60,11 +61,10 @@ def _both_ways(session: Session, seed: int) -> tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Batch:
-    """Seconds of each step that decodes one token of `size` sequences."""
+    """Steps that decode one token of each of `size` sequences."""
 
     size: int
-    steps: tuple[float, ...]
-    finite: bool
+    probe: Probe
 
 
 def batch(session: Session, size: int, context: int, steps: int, seed: int = 0) -> Batch:
@@ -75,8 +75,7 @@ def batch(session: Session, size: int, context: int, steps: int, seed: int = 0) 
         while len(states) < size:
             states.append(engine.fork(states[0]))
         probe(engine, states, 2)
-        seconds, finite = probe(engine, states, steps)
-        return Batch(size, tuple(seconds), finite)
+        return Batch(size, probe(engine, states, steps))
     finally:
         for state in states:
             engine.free(state)
@@ -129,6 +128,4 @@ def _read(engine: Engine, session: Session, context: int, seed: int) -> Sequence
 
 def aggregate(size: int, steps: Sequence[float]) -> float:
     """Tokens per second of all sequences together."""
-    import statistics
-
     return size / statistics.median(steps)

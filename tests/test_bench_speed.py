@@ -336,7 +336,9 @@ def test_made_up_rows_are_numbers_and_change_the_answer(session: Session) -> Non
 
 def test_batches_and_calls(session: Session) -> None:
     found = model_speed.batch(session, 3, 40, 5)
-    assert (len(found.steps), found.finite) == (5, True)
+    assert (len(found.probe.seconds), found.probe.finite) == (5, True)
+    # a host has no clock but its own
+    assert found.probe.kernel_seconds == ()
     assert model_speed.aggregate(4, [0.5, 0.5, 9.0]) == 8.0
     calls = model_speed.calls(session, 40)
     layers = session.config.num_hidden_layers
@@ -413,6 +415,20 @@ def test_rows_of_a_whole_model(chat_folder: Path, tmp_path: Path, monkeypatch: p
     assert "noise" in found[f"{key}/noise"].values
     fingerprint = bench.record.models[chat_folder.name]["fingerprint"]
     assert found[f"{key}/calls"].setting["fingerprint"] == fingerprint
+
+
+def test_a_device_needs_kernel_times_for_its_word(tmp_path: Path) -> None:
+    backend = Planted()
+    backend.evidence = "device"
+    bench = bench_of(tmp_path, backend)
+    assert model_suite._row(bench, "model/x/load", "", {}, {"load_s": 1.0}).evidence == "compiled"
+    assert (
+        model_suite._row(bench, "model/x/batch/1", "", {}, {"tpot_s": 1.0, "kernel_tpot_s": 0.5}).evidence
+        == "device"
+    )
+    assert model_suite._row(bench, "model/x/gate", "", {}, {"kl_mean": 0.0}).evidence == "device"
+    values = frontier.Frontier(8, True, steps=(1.0, 2.0, 3.0), kernel_steps=(0.5, 0.7, 0.6)).values()
+    assert values["kernel_tpot_s"] == 0.6
 
 
 # --- layers of released shape, here of a small one

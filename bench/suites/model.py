@@ -9,16 +9,16 @@ from __future__ import annotations
 import shlex
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from v4sdk.errors import MemoryRefused
 from v4sdk_bench.peers.stage import STAGE as PEERS
-from v4sdk_bench.record import Row, Value, judged, not_run
+from v4sdk_bench.record import SPEED_ENDINGS, Row, Value, judged, not_run
 from v4sdk_bench.stage import Bench, BenchError, Stage
-from v4sdk_bench.timing import Sample, load, paired, percentile, sample
+from v4sdk_bench.timing import Call, Sample, device_seconds, load, paired, percentile, sample
 
 if TYPE_CHECKING:
     from v4sdk import Session
@@ -35,6 +35,7 @@ _MEMORY = {True: (1024, 8192), False: (16_384, 131_072)}
 _CHUNK_TOKENS = {True: 4096, False: 131_072}
 _CEILINGS_S = {True: 3.0, False: 20.0}
 _PAIRS = 5
+_KERNEL_ROUNDS = 10
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def whole(bench: Bench) -> Iterator[Row]:
         what = f"{about.name}: speed"
         note = f"no speed: {red.key} is red"
         for part in ("load", "frontier", "batch", "calls", "numerics", "noise"):
-            yield Row(f"{key}/{part}", what, "failed", _evidence(bench), setting=about.setting, note=note,
+            yield Row(f"{key}/{part}", what, "failed", _evidence(bench, {}), setting=about.setting, note=note,
                       command=_command(bench, f"{key}/{part}"), seed=bench.seed)  # fmt: skip
         return
     yield from _frontiers(bench, about)
@@ -165,7 +166,7 @@ def _frontier_row(bench: Bench, about: Subject, found: Frontier, shared: dict[st
     if found.refused is not None:
         return not_run(key, what, found.refused, setting=setting, command=_command(bench, key))
     if not found.finite:
-        return Row(key, what, "failed", _evidence(bench), setting=setting, seed=bench.seed,
+        return Row(key, what, "failed", _evidence(bench, {}), setting=setting, seed=bench.seed,
                    note="a log-probability is not a number", command=_command(bench, key))  # fmt: skip
     return _row(bench, key, what, setting, {**found.values(), "load": load()})
 
@@ -185,16 +186,18 @@ def _batches(bench: Bench, about: Subject, session: Session) -> Iterator[Row]:
         except MemoryRefused as exc:
             yield not_run(key, what, exc.message, setting=setting, command=_command(bench, key))
             continue
-        if not found.finite:
-            yield Row(key, what, "failed", _evidence(bench), setting=setting, seed=bench.seed,
+        if not found.probe.finite:
+            yield Row(key, what, "failed", _evidence(bench, {}), setting=setting, seed=bench.seed,
                       note="a log-probability is not a number", command=_command(bench, key))  # fmt: skip
             continue
-        steps = Sample(found.steps, 0.0, load())
+        steps = Sample(found.probe.seconds, 0.0, load())
         values: dict[str, Value] = {
             "tpot_s": steps.median, "tpot_low_s": steps.low, "tpot_high_s": steps.high,
-            "tpot_p99_s": percentile(found.steps, 0.99), "steps": len(found.steps),
-            "all_tokens_per_s": aggregate(size, found.steps), "each_tokens_per_s": 1 / steps.median, "load": steps.load,
+            "tpot_p99_s": percentile(steps.seconds, 0.99), "steps": len(steps.seconds),
+            "all_tokens_per_s": aggregate(size, steps.seconds), "each_tokens_per_s": 1 / steps.median, "load": steps.load,
         }  # fmt: skip
+        if found.probe.kernel_seconds:
+            values["kernel_tpot_s"] = statistics.median(found.probe.kernel_seconds)
         yield _row(bench, key, what, setting, values)
 
 
@@ -232,14 +235,17 @@ def _pairs(bench: Bench, about: Subject, session: Session) -> Iterator[Row]:
             Loader.load(about.folder, backend=bench.backend, numerics="reference") as slow,
             Loader.load(about.folder, backend=bench.backend, numerics="fast") as fast,
         ):
-            found = paired(decode_step(slow, _CONTEXT), decode_step(fast, _CONTEXT), budget)
+            a, b = decode_step(slow, _CONTEXT), decode_step(fast, _CONTEXT)
+            found = paired(a, b, budget)
+            kernels = _kernels(bench, a=a, b=b)
         yield _row(bench, f"{key}/numerics", f"{about.name}: a decode step in reference (a) and fast (b) numerics", setting,
-                   {**found.values(), "verdict": found.verdict})  # fmt: skip
+                   {**found.values(), "verdict": found.verdict, **kernels})  # fmt: skip
     if bench.wants(f"{key}/noise"):
         bench.say(f"{about.name}: the same build against itself")
-        found = paired(decode_step(session, _CONTEXT), decode_step(session, _CONTEXT), budget)
+        a, b = decode_step(session, _CONTEXT), decode_step(session, _CONTEXT)
+        found, kernels = paired(a, b, budget), _kernels(bench, a=a, b=b)
         yield _row(bench, f"{key}/noise", f"{about.name}: a decode step against itself", about.setting | {"context": _CONTEXT},
-                   {**found.values(), "verdict": found.verdict, "load": load()})  # fmt: skip
+                   {**found.values(), "verdict": found.verdict, "load": load(), **kernels})  # fmt: skip
 
 
 def memory(bench: Bench) -> Iterator[Row]:
@@ -386,7 +392,12 @@ def _layer_row(bench: Bench, case: LayerCase) -> Row:
         bench.say(f"{case.key}: timing")
         # it ran before, for the comparison
         rounds = sample(found.step, _LAYER_S[bench.quick], least=3, warm=0)
-        values |= {**rounds.values(), "spread": rounds.spread, "load": rounds.load}
+        values |= {
+            **rounds.values(),
+            "spread": rounds.spread,
+            "load": rounds.load,
+            **_kernels(bench, median=found.step),
+        }
     row = _row(bench, case.key, _layer_name(case), setting, values, limits=limits)
     return replace(row, seconds=round(time.monotonic() - began, 3))
 
@@ -410,8 +421,24 @@ def _with_floor(row: Row, ceilings: list[Any]) -> Row:
     return replace(row, values={**values, "floor_s": floor, "bound": bound, "share_of_ceiling": of_ceiling})
 
 
-def _evidence(bench: Bench) -> Any:
-    return bench.backend.evidence
+def _kernels(bench: Bench, **steps: Call) -> dict[str, Value]:
+    """Medians on the device's own clock; nothing on a host or an emulation."""
+    if bench.backend.evidence != "device":
+        return {}
+    device = bench.backend.device
+    return {
+        f"kernel_{name}_s": statistics.median(device_seconds(step, device, _KERNEL_ROUNDS))
+        for name, step in steps.items()
+    }
+
+
+def _evidence(bench: Bench, values: Mapping[str, Value]) -> Any:
+    """The backend's word; times of the host around a device, such as loading, prove no kernel and do not carry it."""
+    timed = any(name.endswith(SPEED_ENDINGS) for name in values)
+    kernels = any(name.startswith("kernel") and name.endswith("_s") for name in values)
+    return (
+        "compiled" if bench.backend.evidence == "device" and timed and not kernels else bench.backend.evidence
+    )
 
 
 def _row(
@@ -419,7 +446,7 @@ def _row(
     limits: dict[str, float] | None = None, note: str = "",
 ) -> Row:  # fmt: skip
     return Row(
-        key, what, judged(values, limits or {}), _evidence(bench), values=values, limits=limits or {}, setting=setting,
+        key, what, judged(values, limits or {}), _evidence(bench, values), values=values, limits=limits or {}, setting=setting,
         note=note, command=_command(bench, key), seed=bench.seed,
     )  # fmt: skip
 
