@@ -17,7 +17,17 @@ from v4sdk_bench import mini
 from v4sdk_bench.metrics import agreement, verdict
 from v4sdk_bench.mini import TINY_MINI
 from v4sdk_bench.peers import process, stage
-from v4sdk_bench.peers.lanes import ENGINES, OURS, EngineSpec, Forms, Lane, candidates, combined, our_lane
+from v4sdk_bench.peers.lanes import (
+    ENGINES,
+    OURS,
+    EngineSpec,
+    Forms,
+    Lane,
+    candidates,
+    combined,
+    is_installed,
+    our_lane,
+)
 from v4sdk_bench.peers.process import Peer, PeerError, environment
 from v4sdk_bench.peers.stage import Plan
 from v4sdk_bench.record import SPEED_ENDINGS, Record, Row
@@ -314,6 +324,16 @@ def test_an_engine_that_is_not_installed_comes_with_its_recipe(
     (row,) = under(compare(absent=[{}]), "absent")
     assert row.state == "not run"
     assert "pip install it" in row.note
+
+
+def test_a_folder_with_the_name_of_an_engine_is_no_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "engine_of_nobody").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert not is_installed(EngineSpec("x", "engine_of_nobody", ""), sys.executable)
+    assert is_installed(EngineSpec("x", "numpy", ""), sys.executable)
+    assert not is_installed(EngineSpec("x", "numpy", ""), str(tmp_path / "no-python"))
 
 
 def test_candidates_are_documented_settings_with_the_defaults_first(forms: Forms) -> None:

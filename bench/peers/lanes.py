@@ -102,7 +102,8 @@ def python_of(engine: str, peers: Mapping[str, str]) -> str:
 
 def is_installed(spec: EngineSpec, python: str) -> bool:
     """Whether that interpreter finds the engine; nothing is imported."""
-    code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({spec.module!r}) is None)"
+    # a mere folder of that name has no origin
+    code = f"import importlib.util as u, sys; sys.exit(getattr(u.find_spec({spec.module!r}), 'origin', None) is None)"
     try:
         return not subprocess.run(
             [python, "-c", code], capture_output=True, timeout=60, check=False
