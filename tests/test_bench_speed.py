@@ -27,6 +27,7 @@ from v4sdk_bench.op_counts import LibraryCalls, counted
 from v4sdk_bench.record import SPEED_ENDINGS, Record, Row
 from v4sdk_bench.stage import Bench, BenchError
 from v4sdk_bench.suites import model as model_suite
+from v4sdk_bench.suites import model_layers, model_rows
 from v4sdk_bench.suites import ops as ops_suite
 from v4sdk_bench.synthetic_kv import fill
 
@@ -421,12 +422,12 @@ def test_a_device_needs_kernel_times_for_its_word(tmp_path: Path) -> None:
     backend = Planted()
     backend.evidence = "device"
     bench = bench_of(tmp_path, backend)
-    assert model_suite._row(bench, "model/x/load", "", {}, {"load_s": 1.0}).evidence == "compiled"
+    assert model_rows.row_of(bench, "model/x/load", "", {}, {"load_s": 1.0}).evidence == "compiled"
     assert (
-        model_suite._row(bench, "model/x/batch/1", "", {}, {"tpot_s": 1.0, "kernel_tpot_s": 0.5}).evidence
+        model_rows.row_of(bench, "model/x/batch/1", "", {}, {"tpot_s": 1.0, "kernel_tpot_s": 0.5}).evidence
         == "device"
     )
-    assert model_suite._row(bench, "model/x/gate", "", {}, {"kl_mean": 0.0}).evidence == "device"
+    assert model_rows.row_of(bench, "model/x/gate", "", {}, {"kl_mean": 0.0}).evidence == "device"
     values = frontier.Frontier(8, True, steps=(1.0, 2.0, 3.0), kernel_steps=(0.5, 0.7, 0.6)).values()
     assert values["kernel_tpot_s"] == 0.6
 
@@ -479,14 +480,14 @@ def test_a_layer_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 def test_rows_of_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(real_shapes, "MODELS", {"flash": SMALL})
-    monkeypatch.setattr(model_suite, "_LAYER_S", {True: 0.01})
+    monkeypatch.setattr(model_layers, "_LAYER_S", {True: 0.01})
     bench = bench_of(tmp_path)
 
     def noted(bench: Bench, budget_s: float | None = None) -> None:
         bench.record.ceilings += [vars(c) for c in machine()(bench)]
 
     monkeypatch.setattr(ops_suite, "measure_ceilings", noted)
-    row = rows_of(model_suite.layers, bench)["model/flash/layer/csa/decode"]
+    row = rows_of(model_layers.layers, bench)["model/flash/layer/csa/decode"]
     assert row.state == "ok"
     assert row.values["floor_s"] == pytest.approx(
         (row.values["read_bytes"] + row.values["write_bytes"]) / 1e13
@@ -494,7 +495,7 @@ def test_rows_of_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert 0 < row.values["share_of_ceiling"] < 1
     assert row.setting["state"] == "synthetic KV and weights"
     slow = replace(row, values={**row.values, "median_s": 1e-12})
-    broken = model_suite._with_floor(slow, machine()(bench))
+    broken = model_layers._with_floor(slow, machine()(bench))
     assert (broken.state, speeds(broken)) == ("failed", [])
 
 

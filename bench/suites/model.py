@@ -6,66 +6,28 @@ parity is red in the same record.
 
 from __future__ import annotations
 
-import shlex
 import statistics
-import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from v4sdk.errors import MemoryRefused
 from v4sdk_bench.peers.stage import STAGE as PEERS
-from v4sdk_bench.record import SPEED_ENDINGS, Row, Value, judged, not_run
-from v4sdk_bench.stage import Bench, BenchError, Stage
-from v4sdk_bench.timing import Call, Sample, device_seconds, load, paired, percentile, sample
+from v4sdk_bench.record import Row, Value, not_run
+from v4sdk_bench.stage import Bench, Stage
+from v4sdk_bench.suites.model_layers import layers
+from v4sdk_bench.suites.model_memory import memory
+from v4sdk_bench.suites.model_rows import Subject, command, evidence, kernels, row_of, subject
+from v4sdk_bench.timing import Sample, load, paired, percentile
 
 if TYPE_CHECKING:
     from v4sdk import Session
     from v4sdk_bench.frontier import Frontier, Loading
-    from v4sdk_bench.real_shapes import LayerCase
 
-BUNDLED = "v4-nano"
 BATCHES = (1, 4, 16)
 _CONTEXT = 512
 _BATCH_STEPS = {True: 24, False: 128}
 _PAIR_S = {True: 3.0, False: 20.0}
-_LAYER_S = {True: 4.0, False: 20.0}
-_MEMORY = {True: (1024, 8192), False: (16_384, 131_072)}
-_CHUNK_TOKENS = {True: 4096, False: 131_072}
-_CEILINGS_S = {True: 3.0, False: 20.0}
-_PAIRS = 5
-_KERNEL_ROUNDS = 10
-
-
-@dataclass(frozen=True)
-class Subject:
-    """The model under test: its name in keys, its folder for loading, and what its rows must share with others'."""
-
-    name: str
-    folder: str | None
-    setting: dict[str, Value]
-
-
-def subject(bench: Bench) -> Subject:
-    """Name the model and note it in the record."""
-    from v4sdk.checkpoint import Checkpoint
-    from v4sdk.loading import bundled_folder
-
-    folder = bench.model or bundled_folder()
-    name = BUNDLED if bench.model is None else Path(bench.model).resolve().name
-    with Checkpoint(folder) as checkpoint:
-        about = {"fingerprint": checkpoint.fingerprint(), "bytes": checkpoint.nbytes}
-        layers, hidden = checkpoint.config.num_hidden_layers, checkpoint.config.hidden_size
-    bench.record.models[name] = {
-        **bench.record.models.get(name, {}),
-        **about,
-        "layers": layers,
-        "hidden": hidden,
-    }
-    return Subject(
-        name, str(bench.model) if bench.model else None, {"model": name, "fingerprint": about["fingerprint"]}
-    )  # fmt: skip
 
 
 def whole(bench: Bench) -> Iterator[Row]:
@@ -89,8 +51,8 @@ def whole(bench: Bench) -> Iterator[Row]:
         what = f"{about.name}: speed"
         note = f"no speed: {red.key} is red"
         for part in ("load", "frontier", "batch", "calls", "numerics", "noise"):
-            yield Row(f"{key}/{part}", what, "failed", _evidence(bench, {}), setting=about.setting, note=note,
-                      command=_command(bench, f"{key}/{part}"), seed=bench.seed)  # fmt: skip
+            yield Row(f"{key}/{part}", what, "failed", evidence(bench, {}), setting=about.setting, note=note,
+                      command=command(bench, f"{key}/{part}"), seed=bench.seed)  # fmt: skip
         return
     yield from _frontiers(bench, about)
     with Session.load(about.folder, backend=bench.backend) as session:
@@ -111,7 +73,7 @@ def _gate_row(bench: Bench, about: Subject, exact: Session, session: Session) ->
     values = {"exact_relative_l2": found.exact, "kl_mean": found.kl_mean, "finite": int(found.finite)}
     limits = {"exact_relative_l2": EXACT_LIMIT, "kl_mean": KL_LIMIT, ">=finite": 1}
     key = f"model/{about.name}/gate"
-    return _row(
+    return row_of(
         bench, key, f"{about.name}: decoding equals reading at once", about.setting, values, limits=limits
     )
 
@@ -148,7 +110,7 @@ def _frontiers(bench: Bench, about: Subject) -> Iterator[Row]:
             break
     for left in waiting:
         yield not_run(left, f"{about.name}: a context frontier", "the time of this stage was used up",
-                      setting=setting, command=_command(bench, left))  # fmt: skip
+                      setting=setting, command=command(bench, left))  # fmt: skip
 
 
 def _load_row(bench: Bench, about: Subject, found: Loading) -> Row:
@@ -156,7 +118,9 @@ def _load_row(bench: Bench, about: Subject, found: Loading) -> Row:
         "load_s": found.load_s, "start_s": found.start_s, "peak_bytes": found.peak_bytes, "load": load(),
     }  # fmt: skip
     note = "start_s is from the start of the process, imports included; files warm"
-    return _row(bench, f"model/{about.name}/load", f"{about.name}: loading", about.setting, values, note=note)
+    return row_of(
+        bench, f"model/{about.name}/load", f"{about.name}: loading", about.setting, values, note=note
+    )
 
 
 def _frontier_row(bench: Bench, about: Subject, found: Frontier, shared: dict[str, Value]) -> Row:
@@ -164,11 +128,11 @@ def _frontier_row(bench: Bench, about: Subject, found: Frontier, shared: dict[st
     what = f"{about.name}: {found.tokens:,} tokens of context{', synthetic KV' if found.synthetic else ''}"
     setting = shared | {"tokens": found.tokens, "state": "synthetic KV" if found.synthetic else "read"}
     if found.refused is not None:
-        return not_run(key, what, found.refused, setting=setting, command=_command(bench, key))
+        return not_run(key, what, found.refused, setting=setting, command=command(bench, key))
     if not found.finite:
-        return Row(key, what, "failed", _evidence(bench, {}), setting=setting, seed=bench.seed,
-                   note="a log-probability is not a number", command=_command(bench, key))  # fmt: skip
-    return _row(bench, key, what, setting, {**found.values(), "load": load()})
+        return Row(key, what, "failed", evidence(bench, {}), setting=setting, seed=bench.seed,
+                   note="a log-probability is not a number", command=command(bench, key))  # fmt: skip
+    return row_of(bench, key, what, setting, {**found.values(), "load": load()})
 
 
 def _batches(bench: Bench, about: Subject, session: Session) -> Iterator[Row]:
@@ -184,11 +148,11 @@ def _batches(bench: Bench, about: Subject, session: Session) -> Iterator[Row]:
         try:
             found = batch(session, size, _CONTEXT, _BATCH_STEPS[bench.quick], bench.seed)
         except MemoryRefused as exc:
-            yield not_run(key, what, exc.message, setting=setting, command=_command(bench, key))
+            yield not_run(key, what, exc.message, setting=setting, command=command(bench, key))
             continue
         if not found.probe.finite:
-            yield Row(key, what, "failed", _evidence(bench, {}), setting=setting, seed=bench.seed,
-                      note="a log-probability is not a number", command=_command(bench, key))  # fmt: skip
+            yield Row(key, what, "failed", evidence(bench, {}), setting=setting, seed=bench.seed,
+                      note="a log-probability is not a number", command=command(bench, key))  # fmt: skip
             continue
         steps = Sample(found.probe.seconds, 0.0, load())
         values: dict[str, Value] = {
@@ -198,7 +162,7 @@ def _batches(bench: Bench, about: Subject, session: Session) -> Iterator[Row]:
         }  # fmt: skip
         if found.probe.kernel_seconds:
             values["kernel_tpot_s"] = statistics.median(found.probe.kernel_seconds)
-        yield _row(bench, key, what, setting, values)
+        yield row_of(bench, key, what, setting, values)
 
 
 def _calls(bench: Bench, about: Subject, session: Session) -> Row:
@@ -212,7 +176,7 @@ def _calls(bench: Bench, about: Subject, session: Session) -> Row:
     }  # fmt: skip
     note = "library calls are those of torch below the ops, views included"
     setting = about.setting | {"context": _CONTEXT, "backend": bench.backend.name}
-    return _row(
+    return row_of(
         bench,
         f"model/{about.name}/calls",
         f"{about.name}: calls of one decoded token",
@@ -237,225 +201,15 @@ def _pairs(bench: Bench, about: Subject, session: Session) -> Iterator[Row]:
         ):
             a, b = decode_step(slow, _CONTEXT), decode_step(fast, _CONTEXT)
             found = paired(a, b, budget)
-            kernels = _kernels(bench, a=a, b=b)
-        yield _row(bench, f"{key}/numerics", f"{about.name}: a decode step in reference (a) and fast (b) numerics", setting,
-                   {**found.values(), "verdict": found.verdict, **kernels})  # fmt: skip
+            own = kernels(bench, a=a, b=b)
+        yield row_of(bench, f"{key}/numerics", f"{about.name}: a decode step in reference (a) and fast (b) numerics", setting,
+                   {**found.values(), "verdict": found.verdict, **own})  # fmt: skip
     if bench.wants(f"{key}/noise"):
         bench.say(f"{about.name}: the same build against itself")
         a, b = decode_step(session, _CONTEXT), decode_step(session, _CONTEXT)
-        found, kernels = paired(a, b, budget), _kernels(bench, a=a, b=b)
-        yield _row(bench, f"{key}/noise", f"{about.name}: a decode step against itself", about.setting | {"context": _CONTEXT},
-                   {**found.values(), "verdict": found.verdict, "load": load(), **kernels})  # fmt: skip
-
-
-def memory(bench: Bench) -> Iterator[Row]:
-    """Peak memory of processes that read a short and a long context, chunks in exact numerics, and the time to a first token."""
-    from v4sdk_bench import long_context as lc
-
-    about = subject(bench)
-    short_n, long_n = _MEMORY[bench.quick]
-    key = f"model/{about.name}/memory/{long_n}"
-    what = f"{about.name}: memory from {short_n:,} to {long_n:,} tokens, and the KV formula"
-    setting = about.setting | {"tokens": long_n, "short_tokens": short_n}
-    if bench.backend.device.type != "cpu":
-        yield not_run(
-            key, what, "the peak of a process is not the device's; the frontiers tell that", setting=setting
-        )
-    elif bench.wants(key):
-        runs = [
-            lc.in_a_process(about.folder, n, None, None, None, bench.say, bench.backend.name)
-            for n in (short_n, long_n)
-        ]
-        grown, formula, limit = lc.growth(*runs)
-        values: dict[str, Value] = {
-            "grown_bytes": grown, "kv_formula_bytes": formula, "workspace_bytes": max(lc.workspace(run) for run in runs),
-            "peak_bytes": runs[1]["rss_peak_bytes"],
-        }  # fmt: skip
-        limits = {"grown_bytes": limit, "workspace_bytes": lc.WORKSPACE_LIMIT_BYTES}
-        yield _row(bench, key, what, setting, values, limits=limits)
-    yield from _chunks(bench, about)
-    yield from _first_token(bench, about)
-
-
-def _chunks(bench: Bench, about: Subject) -> Iterator[Row]:
-    from v4sdk_bench import long_context as lc
-
-    tokens = _CHUNK_TOKENS[bench.quick]
-    key = f"model/{about.name}/chunks/{tokens}"
-    if not bench.wants(key):
-        return
-    paths = [bench.scratch / f"chunk-{chunk}.pt" for chunk in lc.CHUNKS]
-    for chunk, path in zip(lc.CHUNKS, paths, strict=True):
-        lc.in_a_process(about.folder, tokens, "exact", chunk, path, bench.say, bench.backend.name)
-    what = f"{about.name}: last logits of {tokens:,} tokens read in chunks of {lc.CHUNKS[0]} and of {lc.CHUNKS[1]:,}"
-    setting = about.setting | {"tokens": tokens, "numerics": "exact"}
-    yield _row(
-        bench,
-        key,
-        what,
-        setting,
-        {"relative_l2": lc.chunk_difference(paths)},
-        limits={"relative_l2": lc.CHUNK_LIMIT},
-    )
-
-
-def _first_token(bench: Bench, about: Subject) -> Iterator[Row]:
-    from v4sdk_bench import first_token as ft
-
-    key, what = (
-        f"model/{about.name}/first-token",
-        f"{about.name}: `v4sdk run` to its first token, beside `import torch`",
-    )
-    if bench.quick or bench.model is not None:
-        why = (
-            "takes a minute; a full run measures it"
-            if bench.quick
-            else "measured with the bundled model only"
-        )
-        yield not_run(key, what, why, setting=about.setting, command="python -m v4sdk_bench.first_token")
-        return
-    bench.say(f"{about.name}: the first token of a new process")
-    pairs = ft.pairs(_PAIRS)
-    differences = [run - imported for imported, run in pairs]
-    values: dict[str, Value] = {
-        "difference": statistics.median(differences), "difference_least": min(differences),
-        "difference_most": max(differences), "import_s": statistics.median(p[0] for p in pairs),
-        "first_token_s": statistics.median(p[1] for p in pairs), "pairs": len(pairs),
-    }  # fmt: skip
-    yield _row(
-        bench,
-        key,
-        what,
-        about.setting,
-        values,
-        limits={"difference": ft.LIMIT_S},
-        note="differences in seconds",
-    )
-
-
-def layers(bench: Bench) -> Iterator[Row]:
-    """Single layers of V4-Flash and V4-Pro, beside their floors."""
-    from v4sdk_bench.ceilings import best
-    from v4sdk_bench.real_shapes import cases
-    from v4sdk_bench.suites.ops import measure_ceilings
-
-    wanted = [case for case in cases(bench.quick) if bench.wants(case.key)]
-    if not wanted:
-        return
-    # those of the ops suite count too: the best of the run is the ceiling
-    measure_ceilings(bench, _CEILINGS_S[bench.quick])
-    measured: list[tuple[LayerCase, Row]] = []
-    for case in wanted:
-        if bench.left() < 0:
-            yield not_run(
-                case.key,
-                _layer_name(case),
-                "the time of this stage was used up",
-                command=_command(bench, case.key),
-            )
-            continue
-        row = _layer_row(bench, case)
-        if row.state == "ok":
-            measured.append((case, row))
-        yield row if row.state != "ok" else _with_floor(row, best(bench.record.ceilings))
-    measure_ceilings(bench, _CEILINGS_S[bench.quick])
-    for _, row in measured:
-        yield _with_floor(row, best(bench.record.ceilings))
-
-
-def _layer_name(case: LayerCase) -> str:
-    step = "a decoded token" if case.tokens == 1 else f"{case.tokens} tokens read"
-    return f"V4-{case.model.title()}: one {case.kind.upper()} layer, {step}"
-
-
-def _layer_row(bench: Bench, case: LayerCase) -> Row:
-    from v4sdk_bench.real_shapes import CONTEXT, OUTPUT_LIMIT, layer
-
-    began = time.monotonic()
-    setting: dict[str, Value] = {
-        "shape": case.model, "kind": case.kind, "tokens": case.tokens, "context": CONTEXT, "state": "synthetic KV and weights",
-        "numerics": "fast", "kv_format": "native",
-    }  # fmt: skip
-    try:
-        found = layer(case, bench.backend, bench.say, bench.seed)
-    except BenchError as exc:
-        return not_run(
-            case.key, _layer_name(case), exc.message, setting=setting, command=_command(bench, case.key)
-        )
-    values: dict[str, Value] = {
-        "relative_l2": found.relative_l2, "finite": int(found.finite), "read_bytes": found.cost.read_bytes,
-        "write_bytes": found.cost.write_bytes, "flops": found.cost.flops, "experts": found.experts,
-        "weight_bytes": found.weight_bytes,
-    }  # fmt: skip
-    limits = {"relative_l2": OUTPUT_LIMIT, ">=finite": 1}
-    if judged(values, limits) == "ok":
-        bench.say(f"{case.key}: timing")
-        # it ran before, for the comparison
-        rounds = sample(found.step, _LAYER_S[bench.quick], least=3, warm=0)
-        values |= {
-            **rounds.values(),
-            "spread": rounds.spread,
-            "load": rounds.load,
-            **_kernels(bench, median=found.step),
-        }
-    row = _row(bench, case.key, _layer_name(case), setting, values, limits=limits)
-    return replace(row, seconds=round(time.monotonic() - began, 3))
-
-
-def _with_floor(row: Row, ceilings: list[Any]) -> Row:
-    """Put the floor and the share of the ceiling into a row; failed above 100%."""
-    from v4sdk.ops.op import Cost
-    from v4sdk_bench.ceilings import floor_s, share
-
-    values: dict[str, Any] = dict(row.values)
-    floor, bound = floor_s(
-        Cost(values["read_bytes"], values["write_bytes"], values["flops"]), ceilings, "bfloat16"
-    )
-    try:
-        of_ceiling = share(floor, values["median_s"])
-    except BenchError as exc:
-        plain = ("relative_l2", "finite", "read_bytes", "write_bytes", "flops", "experts", "weight_bytes")
-        return replace(
-            row, state="failed", values={k: values[k] for k in plain}, note=f"{exc.message}; {exc.hint}"
-        )
-    return replace(row, values={**values, "floor_s": floor, "bound": bound, "share_of_ceiling": of_ceiling})
-
-
-def _kernels(bench: Bench, **steps: Call) -> dict[str, Value]:
-    """Medians on the device's own clock; nothing on a host or an emulation."""
-    if bench.backend.evidence != "device":
-        return {}
-    device = bench.backend.device
-    return {
-        f"kernel_{name}_s": statistics.median(device_seconds(step, device, _KERNEL_ROUNDS))
-        for name, step in steps.items()
-    }
-
-
-def _evidence(bench: Bench, values: Mapping[str, Value]) -> Any:
-    """The backend's word; times of the host around a device, such as loading, prove no kernel and do not carry it."""
-    timed = any(name.endswith(SPEED_ENDINGS) for name in values)
-    kernels = any(name.startswith("kernel") and name.endswith("_s") for name in values)
-    return (
-        "compiled" if bench.backend.evidence == "device" and timed and not kernels else bench.backend.evidence
-    )
-
-
-def _row(
-    bench: Bench, key: str, what: str, setting: dict[str, Value], values: dict[str, Any],
-    limits: dict[str, float] | None = None, note: str = "",
-) -> Row:  # fmt: skip
-    return Row(
-        key, what, judged(values, limits or {}), _evidence(bench, values), values=values, limits=limits or {}, setting=setting,
-        note=note, command=_command(bench, key), seed=bench.seed,
-    )  # fmt: skip
-
-
-def _command(bench: Bench, key: str) -> str:
-    words = ["v4sdk", "bench", "run", "--suite", "model", "--backend", bench.backend.name]
-    words += ["--quick"] if bench.quick else []
-    words += ["--model", str(bench.model)] if bench.model else []
-    return shlex.join([*words, "--only", key])
+        found, own = paired(a, b, budget), kernels(bench, a=a, b=b)
+        yield row_of(bench, f"{key}/noise", f"{about.name}: a decode step against itself", about.setting | {"context": _CONTEXT},
+                   {**found.values(), "verdict": found.verdict, "load": load(), **own})  # fmt: skip
 
 
 STAGES = (
