@@ -1020,3 +1020,12 @@ def test_nothing_in_a_report_falls_over_odd_numbers() -> None:
     record.ceilings.append({"name": None, "value": float("nan"), "unit": None})
     shown(record, sample())
     markdown.render(made(record)[0])
+
+
+def test_records_of_different_models_each_keep_their_rows() -> None:
+    table = tables(made(sample(), sample(fingerprint="ffff"))[0])[
+        "Invariances: the same tokens by another way"
+    ]
+    assert table.columns == ("what", "exact A", "exact B")
+    found = [[cell.text for cell in line[1:]] for line in table.rows if line[0].text == "run = rerun"]
+    assert found == [["same model", "–"], ["–", "same model"]]

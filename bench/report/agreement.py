@@ -117,20 +117,20 @@ def _has_metrics(line: Line) -> bool:
 
 def _invariances(joined: Joined, lines: Sequence[Line]) -> Table:
     """One row per invariance, one column per numerics option and record."""
-    places = {line.key: line.key.split("/")[2:] for line in lines}
-    options = list(dict.fromkeys(parts[0] for parts in places.values()))
+    options = list(dict.fromkeys(line.key.split("/")[2] for line in lines))
+    # lines of one key differ in model or setting: each set of records has rows of its own
+    groups: dict[tuple[str, tuple[str, ...]], dict[str, Line]] = {}
+    for line in lines:
+        option, *name = line.key.split("/")[2:]
+        groups.setdefault((" ".join(name), tuple(line.rows)), {})[option] = line
     rows = []
-    for name in dict.fromkeys(" ".join(parts[1:]) for parts in places.values()):
-        same = {places[line.key][0]: line for line in lines if " ".join(places[line.key][1:]) == name}
-        first = next(iter(same.values()))
-        found = [
-            _invariance(joined.source(label), same[option].rows[label])
-            if option in same and label in same[option].rows
-            else cells.MISSING
-            for option in options
-            for label in joined.labels
-        ]
-        rows.append((Cell(first.what.partition(";")[0], note=name), *found))
+    for (name, _), same in groups.items():
+        found = []
+        for option in options:
+            for label in joined.labels:
+                row = same[option].rows.get(label) if option in same else None
+                found.append(cells.MISSING if row is None else _invariance(joined.source(label), row))
+        rows.append((Cell(next(iter(same.values())).what.partition(";")[0], note=name), *found))
     rows.sort(key=lambda row: all(cell.tone != "bad" for cell in row))
     heads = [
         f"{option} {label}" if len(joined.sources) > 1 else option

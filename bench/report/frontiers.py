@@ -93,8 +93,10 @@ def _chart(joined: Joined, subject: Subject, of: str, name: str, title: str, uni
         if unit == "B":
             series += [
                 charts.Series(f"{label}, peak", _points(subject, source, "peak_bytes")),
-                charts.Series(f"{label}, KV allocated", _points(subject, source, "kv_bytes")),
-                charts.Series(f"{label}, KV by formula", _formula(subject, source), faint=True),
+                charts.Series(f"{label}, KV allocated", _both(subject, source, "kv_bytes")),
+                charts.Series(
+                    f"{label}, KV by formula", _both(subject, source, "kv_formula_bytes"), faint=True
+                ),
             ]
         else:
             series.append(charts.Series(label, _points(subject, source, name)))
@@ -115,9 +117,9 @@ def _chart(joined: Joined, subject: Subject, of: str, name: str, title: str, uni
     )
 
 
-def _formula(subject: Subject, source: Source) -> tuple[tuple[float, float, float, float], ...]:
-    """What the tokens need, read or made up."""
-    both = (_points(subject, source, "kv_formula_bytes", made_up) for made_up in (False, True))
+def _both(subject: Subject, source: Source, name: str) -> tuple[tuple[float, float, float, float], ...]:
+    """What the rows of so many tokens take, whether they were read or made up."""
+    both = (_points(subject, source, name, made_up) for made_up in (True, False))
     return tuple(sorted({p[0]: p for points in both for p in points}.values()))
 
 
