@@ -142,6 +142,10 @@ def rows(found: dict[str, Any], load: Load, evidence: Any, seconds: float) -> It
                 "verdict": pair.verdict,
             }
             note += f"; {pair.verdict}; overlap could give at most {most:.2f}"
+            cores = os.cpu_count() or 1
+            if load.processes >= cores:
+                # then waiting for a core is part of every time, and waves shorten that too
+                note += f" if each process had cores to itself, but {load.processes} share {cores}"
         yield Row(
             f"{PREFIX}{link}/{load.processes}", what(link, load.processes), judged(values, _LIMITS), evidence, values,
             _LIMITS, setting, note, command(load), load.seed, seconds, now(),
