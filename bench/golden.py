@@ -184,7 +184,7 @@ def mtp_difference(golden: Golden) -> float:
     last = golden.config.num_hidden_layers - 1
     streams = golden.expected[f"streams_after_layer_{last}"][0]
     found = mtp_logits(golden, golden.model(REFERENCE), streams, "native")
-    return relative_l2(found, golden.expected["mtp_logits"][0])
+    return float(relative_l2(found, golden.expected["mtp_logits"][0]))
 
 
 def _recording(scores: list[Callable[[Tensor], Tensor]]) -> Callable[..., Tensor]:

@@ -16,6 +16,7 @@ from v4sdk_bench.stage import Bench
 from v4sdk_bench.suites.parity_rows import NUMERICS, judged_row, late_row, model_name, slug
 
 _LAYER_TOKENS = 288
+_SAME_TOKENS = "parity/model/backend-vs-references/same-tokens"
 # in `fast`, index scores are not rounded to BF16, so more of them are near ties: another order of summation alone moved 4% of
 # v4-nano's picks, over all layers, by way of the layers in front
 _SAME_CHOICES_FAST = 0.9
@@ -107,7 +108,11 @@ def model(bench: Bench) -> Iterator[Row]:
             rounded = first[1:] != second[1:] or first[1] != "exact"
             found = ag.compare(scored_a, scored_b, text, a.config, rounded=rounded)
             yield from _model_rows(bench, key, (sides.label(a), sides.label(b)), found, text)
-        if bench.wants("parity/model/backend-vs-references/same-tokens"):
+        if bench.wants(_SAME_TOKENS):
+            late = late_row(bench, _SAME_TOKENS, "greedy tokens of the backend and the references")
+            if late:
+                yield late
+                return
             bench.say("greedy answers of both")
             yield _same_tokens_row(bench, side(True, "reference", None)[0], side(False, "reference", None)[0])
 
@@ -143,7 +148,6 @@ def _model_rows(
 
 
 def _same_tokens_row(bench: Bench, a: Session, b: Session) -> Row:
-    key = "parity/model/backend-vs-references/same-tokens"
     found = rule.same_tokens(a, b, seed=bench.seed)
     values: dict[str, Value] = {
         "broken": len(found.broken), "share": found.share, "kl_mean": found.kl_mean, "prompts": found.prompts,
@@ -159,4 +163,6 @@ def _same_tokens_row(bench: Bench, a: Session, b: Session) -> Row:
     limits = {"broken": 0.0, ">=share": rule.MARGIN_SHARE, "kl_mean": metrics.BF16_MEAN_KL}
     pair = f"{sides.label(b)} and {sides.label(a)}"
     what = f"greedy tokens of {pair}: equal wherever the margin exceeds 4 times the logit difference"
-    return judged_row(bench, key, what, values, limits, "; ".join(found.broken), model=model_name(bench))
+    return judged_row(
+        bench, _SAME_TOKENS, what, values, limits, "; ".join(found.broken), model=model_name(bench)
+    )
