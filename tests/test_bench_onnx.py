@@ -199,10 +199,20 @@ def test_another_weight_in_the_file_turns_its_row_red(source: Source, traced: Tr
     }  # fmt: skip
 
 
-def test_a_stage_without_time_says_what_it_left_out(traced: Traced, bench: Bench) -> None:
+def test_a_stage_without_time_does_not_begin(bench: Bench) -> None:
     bench.deadline = 0.0
-    rows = list(onnx_witness.block_rows(bench, traced, {}, (0,), "block", {"max_abs": 1e-5}))
-    assert [(row.state, row.note) for row in rows] == [("not run", "the stage's time is up")] * 3
+    rows = list(onnx_witness.STAGE.run(bench))
+    assert [row.state for row in rows] == ["not run"]
+    assert rows[0].note.startswith("the stage's time is up")
+
+
+def test_only_what_is_wanted_is_run(traced: Traced, bench: Bench) -> None:
+    bench.only = ("parity/onnx/block/hca",)
+    rows = list(
+        onnx_witness.block_rows(bench, traced, found_by(traced.source), (0, 1, 2), "block", {"max_abs": 1e-5})
+    )
+    assert [row.key for row in rows] == ["parity/onnx/block/hca"]
+    assert "--only parity/onnx/block/hca " in rows[0].command
 
 
 def test_without_the_packages_the_row_says_how_to_get_them(
