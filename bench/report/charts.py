@@ -5,16 +5,13 @@ A drawing is made at the width at which it is shown: 358 units are the text of a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
-from xml.etree import ElementTree as ET
 
 from v4sdk_bench.report.numbers import digits, scaled, seconds
+from v4sdk_bench.report.svg import FONT, Axis, Drawing, decades, nice, padded, thinned, ticks, ticks_log
 
 NARROW, WIDE = 358, 1040
-FONT = 14
 _LETTER = 7.4
 _MARKS = ("circle", "square", "triangle", "diamond", "cross", "ring")
 _DASHES = ("", "7 4", "2 4", "10 3 2 3", "4 2", "1 3")
@@ -49,95 +46,6 @@ class Spot:
     label: str
 
 
-@dataclass(frozen=True)
-class _Axis:
-    low: float
-    high: float
-    log: bool
-    start: float
-    length: float
-
-    def at(self, value: float) -> float:
-        """Place of a value in the drawing."""
-        if self.log:
-            share = math.log(max(value, self.low) / self.low) / math.log(self.high / self.low)
-        else:
-            share = (value - self.low) / (self.high - self.low)
-        return self.start + self.length * share
-
-
-class _Drawing:
-    """An SVG under construction, with the name and description a screen reader says."""
-
-    _numbers = count(1)
-
-    def __init__(self, title: str, describes: str, width: float, height: float) -> None:
-        number = next(self._numbers)
-        self.root = ET.Element(
-            "svg",
-            {
-                "viewBox": f"0 0 {width:g} {height:g}",
-                "role": "img",
-                "aria-labelledby": f"t{number} d{number}",
-                "font-size": str(FONT),
-                "class": "chart",
-                "style": f"max-width:{width * 1.2:g}px",
-            },
-        )
-        ET.SubElement(self.root, "title", {"id": f"t{number}"}).text = title
-        ET.SubElement(self.root, "desc", {"id": f"d{number}"}).text = describes
-
-    def line(self, x1: float, y1: float, x2: float, y2: float, style: str, dash: str = "") -> None:
-        """A straight line."""
-        names = {"x1": x1, "y1": y1, "x2": x2, "y2": y2}
-        ET.SubElement(self.root, "line", {k: f"{v:.1f}" for k, v in names.items()} | _drawn(style, dash))
-
-    def path(self, places: Sequence[tuple[float, float]], style: str, dash: str = "") -> None:
-        """A line through places."""
-        text = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        ET.SubElement(self.root, "polyline", {"points": text, "fill": "none"} | _drawn(style, dash))
-
-    def text(self, x: float, y: float, words: str, anchor: str = "start", style: str = "ink") -> None:
-        """One line of text."""
-        where = {"x": f"{x:.1f}", "y": f"{y:.1f}", "text-anchor": anchor, "class": style}
-        ET.SubElement(self.root, "text", where).text = words
-
-    def mark(self, x: float, y: float, kind: str, style: str, says: str = "") -> None:
-        """A point; `says` is shown when it is pointed at."""
-        r = 4.5
-        shapes = {
-            "square": [(-r, -r), (r, -r), (r, r), (-r, r)],
-            "triangle": [(0, -r - 1), (r + 1, r), (-r - 1, r)],
-            "diamond": [(0, -r - 1.5), (r + 1.5, 0), (0, r + 1.5), (-r - 1.5, 0)],
-            "cross": [(-r, -r), (r, r), (0, 0), (-r, r), (r, -r)],
-        }
-        if kind in shapes:
-            points = " ".join(f"{x + dx:.1f},{y + dy:.1f}" for dx, dy in shapes[kind])
-            found = ET.SubElement(
-                self.root,
-                "polyline" if kind == "cross" else "polygon",
-                {"points": points, "class": f"mark {style}"},
-            )
-        else:
-            found = ET.SubElement(
-                self.root,
-                "circle",
-                {"cx": f"{x:.1f}", "cy": f"{y:.1f}", "r": f"{r:g}", "class": f"mark {style}"},
-            )
-        if kind in ("ring", "cross"):
-            found.set("class", f"mark hollow {style}")
-        if says:
-            ET.SubElement(found, "title").text = says
-
-    def done(self) -> str:
-        """The text of the drawing."""
-        return ET.tostring(self.root, encoding="unicode")
-
-
-def _drawn(style: str, dash: str) -> dict[str, str]:
-    return {"class": style} | ({"stroke-dasharray": dash} if dash else {})
-
-
 def lines(
     title: str, describes: str, series: Sequence[Series], x_name: str, unit: str, width: float = NARROW
 ) -> str:
@@ -156,16 +64,16 @@ def lines(
     left, right, top = 64.0, width - 14.0, 18.0
     bottom = top + 210.0
     xs = sorted({p[0] for p in points})
-    x = _Axis(*_padded(xs[0], xs[-1]), True, left + 8, right - left - 16)
-    y_low, y_high = _decades(low, high) if log else (0.0, _nice(high))
-    y = _Axis(y_low, y_high, log, bottom, top - bottom)
+    x = Axis(*padded(xs[0], xs[-1]), True, left + 8, right - left - 16)
+    y_low, y_high = decades(low, high) if log else (0.0, nice(high))
+    y = Axis(y_low, y_high, log, bottom, top - bottom)
     entries = [one for one in series if one.points]
     height = bottom + 50 + 24 * len(entries)
-    d = _Drawing(title, describes, width, height)
-    for value in _ticks_log(y_low, y_high) if log else _ticks(y_high):
+    d = Drawing(title, describes, width, height)
+    for value in ticks_log(y_low, y_high) if log else ticks(y_high):
         d.line(left, y.at(value), right, y.at(value), "grid")
         d.text(left - 8, y.at(value) + 5, _tick(value, unit), "end")
-    for value in _thinned(xs, x, 40):
+    for value in thinned(xs, x, 40):
         d.line(x.at(value), bottom, x.at(value), bottom + 5, "axis")
         d.text(x.at(value), bottom + 20, tokens(value), "middle")
     d.line(left, bottom, right, bottom, "axis")
@@ -187,7 +95,7 @@ def lines(
         if not one.faint:
             d.mark(left - 29, below, _MARKS[at % COLOURS], style)
         d.text(left - 4, below + 5, _cut(one.label, width - left))
-    return d.done()
+    return str(d.done())
 
 
 def roofline(
@@ -206,16 +114,16 @@ def roofline(
     left, right, top = 64.0, width - 14.0, 18.0
     bottom = top + (300.0 if narrow else 400.0)
     knees = [f.value / s.value for f in flats for s in slopes]
-    x_low, x_high = _decades(min(s.intensity for s in spots), max([s.intensity for s in spots] + knees) * 1.5)
-    y_low, y_high = _decades(min(s.achieved for s in spots), max(f.value for f in flats) * 1.05)
-    x, y = _Axis(x_low, x_high, True, left, right - left), _Axis(y_low, y_high, True, bottom, top - bottom)
-    d = _Drawing(title, describes, width, bottom + 54 + 24 * len(roofs))
-    for value in _ticks_log(y_low, y_high):
+    x_low, x_high = decades(min(s.intensity for s in spots), max([s.intensity for s in spots] + knees) * 1.5)
+    y_low, y_high = decades(min(s.achieved for s in spots), max(f.value for f in flats) * 1.05)
+    x, y = Axis(x_low, x_high, True, left, right - left), Axis(y_low, y_high, True, bottom, top - bottom)
+    d = Drawing(title, describes, width, bottom + 54 + 24 * len(roofs))
+    for value in ticks_log(y_low, y_high):
         d.line(left, y.at(value), right, y.at(value), "grid")
         d.text(
             left - 8, y.at(value) + 5, scaled(value, "").strip().replace(".00", "").replace(".0", ""), "end"
         )
-    for value in _thinned(_ticks_log(x_low, x_high), x, 44):
+    for value in thinned(ticks_log(x_low, x_high), x, 44):
         d.line(x.at(value), top, x.at(value), bottom, "grid")
         d.text(x.at(value), bottom + 20, f"{value:,g}", "end" if value == x_high else "middle")
     d.line(left, bottom, right, bottom, "axis")
@@ -234,11 +142,11 @@ def roofline(
         unit = "B/s" if roof.is_bandwidth else "FLOP/s"
         d.text(left - 4, below + 5, _cut(f"{roof.label}, {scaled(roof.value, unit)}", width - left))
     _place(d, [(x.at(s.intensity), y.at(s.achieved), s) for s in spots], narrow, (left, top, right, bottom))
-    return d.done()
+    return str(d.done())
 
 
 def _place(
-    d: _Drawing,
+    d: Drawing,
     spots: list[tuple[float, float, Spot]],
     narrow: bool,
     frame: tuple[float, float, float, float],
@@ -305,38 +213,3 @@ def _tick(value: float, unit: str) -> str:
 def _cut(text: str, width: float) -> str:
     room = int(width / _LETTER)
     return text if len(text) <= room else text[: room - 1] + "…"
-
-
-def _padded(low: float, high: float) -> tuple[float, float]:
-    return (low, high) if high > low else (low / 2, high * 2)
-
-
-def _decades(low: float, high: float) -> tuple[float, float]:
-    begin, end = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    return 10.0**begin, 10.0 ** max(end, begin + 1)
-
-
-def _nice(high: float) -> float:
-    step = 10.0 ** math.floor(math.log10(high))
-    return next(step * k for k in (1, 1.5, 2, 3, 4, 5, 6, 8, 10, 15) if step * k >= high * 1.02)
-
-
-def _ticks(high: float) -> list[float]:
-    step = 10 ** math.floor(math.log10(high))
-    each = next(step * k for k in (0.2, 0.25, 0.5, 1, 2) if high / (step * k) <= 5.01)
-    return [i * each for i in range(int(high / each + 1e-6) + 1)]
-
-
-def _ticks_log(low: float, high: float) -> list[float]:
-    begin, end = round(math.log10(low)), round(math.log10(high))
-    each = max(1, math.ceil((end - begin) / 7))
-    return [10.0**e for e in range(begin, end + 1, each)]
-
-
-def _thinned(values: Sequence[float], axis: _Axis, room: float) -> list[float]:
-    """Those whose labels do not touch, the last one first."""
-    kept: list[float] = []
-    for value in reversed(values):
-        if not kept or axis.at(kept[-1]) - axis.at(value) >= room:
-            kept.append(value)
-    return kept

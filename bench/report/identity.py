@@ -114,7 +114,6 @@ def _legend() -> Table:
         ("word", "what stands behind a value"),
         rows,
         form="stack",
-        folded=True,
     )
 
 
