@@ -383,7 +383,9 @@ def test_the_gate_sees_a_model_that_decodes_wrongly(chat_folder: Path, tmp_path:
 
 def test_a_model_whose_parity_is_red_has_no_speed(chat_folder: Path, tmp_path: Path) -> None:
     bench = bench_of(tmp_path, model=chat_folder)
-    bench.record.add(Row(f"parity/model/{chat_folder.name}/fast", "a model", "failed"))
+    bench.record.add(
+        Row("parity/model/fast-vs-reference/all", "a model", "failed", setting={"model": chat_folder.name})
+    )
     found = rows_of(model_suite.whole, bench)
     assert found[f"model/{chat_folder.name}/gate"].state == "ok"
     assert found[f"model/{chat_folder.name}/batch"].state == "failed"

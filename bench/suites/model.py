@@ -63,7 +63,9 @@ def whole(bench: Bench) -> Iterator[Row]:
 
 
 def _red(bench: Bench, name: str) -> Row | None:
-    return bench.wrong(f"parity/model/{name}/") or bench.wrong(f"parity/invariance/{name}/")
+    """What the parity suite of this run found wrong with the model."""
+    rows = (*bench.record.under("parity/model/"), *bench.record.under("parity/invariance/"))
+    return next((r for r in rows if r.state == "failed" and r.setting.get("model", name) == name), None)
 
 
 def _gate_row(bench: Bench, about: Subject, exact: Session, session: Session) -> Row:

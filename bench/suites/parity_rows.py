@@ -58,7 +58,7 @@ def model_folder(bench: Bench) -> Path:
 
 def model_name(bench: Bench) -> str:
     """Its name in settings."""
-    return bench.model.name if bench.model else "v4-nano"
+    return bench.model.resolve().name if bench.model else "v4-nano"
 
 
 def slug(text: str) -> str:
