@@ -124,7 +124,7 @@ def run(
 
 
 def _show_rows(record: Record) -> int:
-    """Every row with all its figures."""
+    """Every row with all its figures; 1 if nothing was found."""
     from v4sdk_bench.report.numbers import name_of
     from v4sdk_bench.report.numbers import show as number
 
@@ -145,7 +145,9 @@ def _show_rows(record: Record) -> int:
             click.echo("  " + ", ".join(f"{name_of(k)} {number(k, v)}" for k, v in row.setting.items()))
         if row.note:
             click.echo(f"  note: {row.note}")
-    return _verdict(record)
+    if not record.rows:
+        click.echo(f"no row has a key that begins with {' or '.join(record.options['only'])}", err=True)
+    return _verdict(record) or int(not record.rows)
 
 
 def _golden_here() -> Path | None:
@@ -197,15 +199,17 @@ class Screen:
     """Progress on stderr: one line that is replaced on a terminal, one line per stage elsewhere."""
 
     def __init__(self) -> None:
-        self._tty, self._stage, self._rows, self._drawn = sys.stderr.isatty(), "", 0, False
+        self._tty, self._stage, self._drawn = sys.stderr.isatty(), "", False
+        # a row may come twice, with the floor of better ceilings
+        self._rows: set[str] = set()
 
     def show(self, event: Event) -> None:
         """Draw one event."""
         if event.kind == "stage":
-            self._stage, self._rows = f"[{event.done + 1}/{event.total}] {event.text}", 0
+            self._stage, self._rows = f"[{event.done + 1}/{event.total}] {event.text}", set()
             self._draw("")
         elif event.kind == "row":
-            self._rows += 1
+            self._rows.add(event.text)
             if event.row is not None and event.row.state == "failed":
                 self._print(f"failed: {event.text}")
             self._draw("")
@@ -213,7 +217,8 @@ class Screen:
             self._draw(event.text)
         else:
             self._print(
-                f"[{event.done}/{event.total}] {event.text}" + (f", {self._rows} rows" if self._rows else "")
+                f"[{event.done}/{event.total}] {event.text}"
+                + (f", {len(self._rows)} rows" if self._rows else "")
             )
 
     def clear(self) -> None:
@@ -226,7 +231,7 @@ class Screen:
     def _draw(self, text: str) -> None:
         if not self._tty:
             return
-        line = f"{self._stage}: {self._rows} rows {text}"
+        line = f"{self._stage}: {len(self._rows)} rows {text}"
         sys.stderr.write(f"\r\033[K{line[:110]}")
         sys.stderr.flush()
         self._drawn = True

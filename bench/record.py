@@ -39,6 +39,10 @@ class BadRecord(V4Error):
     way_out = "measure again: v4sdk bench run --output FILE"
 
 
+class NotSaved(BadRecord):
+    """The system does not let a record be written."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One result.
@@ -168,7 +172,7 @@ class Record:
         """Write the whole file, or leave the old one.
 
         Raises:
-            BadRecord: with the system's reason, for instance a full disk.
+            NotSaved: with the system's reason, for instance a full disk.
         """
         text = json.dumps({"kind": KIND, "schema": SCHEMA, **asdict(self)}, indent=1, allow_nan=True)
         aside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -178,7 +182,7 @@ class Record:
         except OSError as exc:
             aside.unlink(missing_ok=True)
             kept = "; the file keeps what was written before" if path.exists() else ""
-            raise BadRecord(
+            raise NotSaved(
                 f"cannot write {path}: {exc.strerror}{kept}",
                 hint="make room, or give another place with --output; then run the "
                 "same command again: finished stages are kept",

@@ -15,7 +15,7 @@ from v4sdk import plugins
 from v4sdk.backend import Backend
 from v4sdk.errors import BackendUnavailable, V4Error
 from v4sdk_bench.machine import hardware, software
-from v4sdk_bench.record import SUITES, BadRecord, Record, Row
+from v4sdk_bench.record import SUITES, NotSaved, Record, Row
 from v4sdk_bench.stage import Bench, BenchError, Stage, now
 
 DEFAULT_SUITES = ("parity", "ops", "model", "claims")
@@ -97,8 +97,8 @@ def stages(options: Options) -> list[Stage]:
 def run(options: Options, output: Path, command: str, on_event: OnEvent, restart: bool = False) -> Record:
     """Measure, and keep what is found in `output` at every moment.
 
-    An unfinished `output` of the same options on the same machine and software is gone on with; its finished stages are not
-    repeated.
+    An `output` that is unfinished, or in which a stage broke, is gone on with if options, machine and software are the same; its
+    finished stages are not repeated.
 
     Raises:
         BadRecord, BenchError: if `output` cannot be written, is something else, or is already complete.
@@ -154,7 +154,7 @@ def _open(options: Options, backend: Backend, output: Path, command: str, restar
     if restart or not output.exists():
         return fresh
     old = Record.load(output)
-    if old.status == "complete":
+    if old.status == "complete" and all(stage["state"] == "done" for stage in old.stages.values()):
         raise BenchError(
             f"{output} is a complete record of {old.started}",
             hint="give another --output, or --restart to replace it",
@@ -167,10 +167,10 @@ def _open(options: Options, backend: Backend, output: Path, command: str, restar
     ):
         if before != after:
             raise BenchError(
-                f"{output} is unfinished, and its {name} differ: {_difference(before, after)}",
+                f"{output} is not finished, and its {name} differ: {_difference(before, after)}",
                 hint="repeat the command it was made with to go on, give another --output, or --restart to replace it",
             )
-    return replace(old, status="running")
+    return replace(old, status="running", finished=None)
 
 
 def _difference(before: Any, after: Any) -> str:
@@ -205,7 +205,7 @@ def _run_stage(stage: Stage, bench: Bench, output: Path, on_event: OnEvent) -> N
             if finished - saved > _SAVE_EVERY_S:
                 bench.record.save(output)
                 saved = finished
-    except BadRecord:
+    except NotSaved:
         raise
     except V4Error as exc:
         state, note = "broken", f"{exc.message}; {exc.hint}" if exc.hint else exc.message
