@@ -172,7 +172,8 @@ def _buffer(device: torch.device, size: int) -> Tensor:
     import torch
 
     tile = torch.rand(min(size // 4, _TILE), device=device)
-    shape = max(1, size // 4 // tile.numel()), tile.numel()
+    # up to whole tiles, since no buffer may be smaller than was asked for
+    shape = max(1, -(-size // 4 // tile.numel())), tile.numel()
     if device.type == "cpu":
         # NumPy asks the system for large pages, which are touched in a tenth of the time
         return torch.from_numpy(np.empty(shape, np.float32)).copy_(tile).view(-1)

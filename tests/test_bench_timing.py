@@ -223,7 +223,7 @@ def test_the_best_of_before_and_after_counts() -> None:
 @pytest.fixture(scope="module")
 def measured() -> list[Ceiling]:
     return measure(
-        torch.device("cpu"), None, 0.3, ("float32", "bfloat16", "no_such_dtype"), buffer_bytes=8 << 20
+        torch.device("cpu"), None, 0.3, ("float32", "bfloat16", "no_such_dtype"), buffer_bytes=8_000_000
     )
 
 
