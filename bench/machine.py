@@ -70,13 +70,14 @@ def software() -> dict[str, str]:
 
 
 def source_digest() -> str:
-    """SHA-256 over the Python files of v4sdk and of its installed plugins, first 12 digits."""
+    """SHA-256 over the files of v4sdk and of its installed plugins, kernels in any language included, first 12 digits."""
     digest = hashlib.sha256()
     plugins = {point.module.partition(".")[0] for point in entry_points(group="v4sdk")}
     for package in ("v4sdk", *sorted(plugins)):
         spec = importlib.util.find_spec(package)
         for root in (spec.submodule_search_locations or ()) if spec else ():
-            for path in sorted(Path(root).rglob("*.py")):
+            files = (p for p in Path(root).rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+            for path in sorted(files):
                 digest.update(f"{package}/{path.relative_to(root).as_posix()}\n".encode())
                 digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
