@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from v4sdk.backend import Evidence
 from v4sdk_bench.claims import Claim
 from v4sdk_bench.record import SPEED_ENDINGS, Row, Value, judged, not_run
+from v4sdk_bench.stage import Bench
 
 
 def answer(
+    bench: Bench,
     claim: Claim,
     key: str,
     found: float,
@@ -47,18 +49,13 @@ def answer(
     basis = "arithmetic, nothing was measured" if claim.status == "reproduced by arithmetic" else ""
     return Row(
         key, f"{figure.what} ({figure.unit})", state, evidence, values, every, dict(setting or {}),
-        "; ".join(text for text in (basis, note) if text), command(key), seed,
+        "; ".join(text for text in (basis, note) if text), bench.command(key), seed,
     )  # fmt: skip
 
 
-def untestable(claim: Claim) -> list[Row]:
+def untestable(bench: Bench, claim: Claim) -> list[Row]:
     """The rows of a claim that cannot be tested here: not run, with what they need."""
     return [
-        not_run(figure.key, f"{figure.what} ({figure.unit})", f"needs {claim.needs}", command=command(figure.key))
+        not_run(figure.key, f"{figure.what} ({figure.unit})", f"needs {claim.needs}", command=bench.command(figure.key))
         for figure in claim.figures
     ]  # fmt: skip
-
-
-def command(key: str) -> str:
-    """The shell command that reproduces a row."""
-    return f"v4sdk bench run --suite claims --only {key}"

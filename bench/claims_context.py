@@ -8,7 +8,7 @@ from functools import partial
 
 from v4sdk.kv_cache import kv_bytes
 from v4sdk_bench import arithmetic, context_cost, kv_allocation
-from v4sdk_bench.answers import answer, command
+from v4sdk_bench.answers import answer
 from v4sdk_bench.claim_figures import MODELS
 from v4sdk_bench.claims import ledger
 from v4sdk_bench.record import Row, Value, not_run
@@ -31,7 +31,7 @@ def allocated(bench: Bench, lengths: tuple[int, ...] = ()) -> Iterator[Row]:
         fitting = [n for n in lengths if kv_allocation.fits(config, n, bench.backend)]
         if not fitting:
             why = f"no room for the cache of {lengths[0]:,} tokens beside what is in use"
-            yield not_run(key, claim.figure(key).what, why, command=command(key))
+            yield not_run(key, claim.figure(key).what, why, command=bench.command(key))
             continue
         found = _allocations(bench, model, fitting, bench.left() / (len(wanted) - at))
         last = found[-1]
@@ -57,6 +57,8 @@ def allocated(bench: Bench, lengths: tuple[int, ...] = ()) -> Iterator[Row]:
             "tokens": last.num_tokens,
         }
         note = f"at {last.num_tokens:,} tokens"
+        if last.resident_bytes is not None and len(found) > 1:
+            note += "; resident bytes are what the process grew by, and small caches find room it already had"
         if short:
             why = (
                 "there was no time for more"
@@ -65,7 +67,7 @@ def allocated(bench: Bench, lengths: tuple[int, ...] = ()) -> Iterator[Row]:
             )
             note += f", where windows and scratch still weigh; the claim is about {lengths[-1]:,}, and {why}"
         yield answer(
-            claim, key, share, more=more, limits=limits, setting=setting, note=note, judge=not short,
+            bench, claim, key, share, more=more, limits=limits, setting=setting, note=note, judge=not short,
             evidence=bench.backend.evidence,
         )  # fmt: skip
 
@@ -103,6 +105,7 @@ def bounded(
             "differing_outputs": near.differing + far.differing,
         }
         yield answer(
+            bench,
             claim,
             rows,
             far.rows,
@@ -126,7 +129,7 @@ def bounded(
         quiet = times.noise <= MAX_NOISE
         note = f"the same call differs from itself by {times.noise:.0%}{'' if quiet else ', so there is no verdict'}"
         yield answer(
-            claim, duration, times.ratio, more=more, setting=setting, note=note, judge=quiet, evidence=evidence,
+            bench, claim, duration, times.ratio, more=more, setting=setting, note=note, judge=quiet, evidence=evidence,
             seed=bench.seed,
         )  # fmt: skip
     claim = ledger().claim("index-recall")
@@ -134,6 +137,7 @@ def bounded(
         recall = partial(context_cost.score_recall, bench.backend, 65_536, 16, bench.seed)
         setting = {"shape": "v4-flash", "tokens": 65_536, "queries": 16}
         yield answer(
+            bench,
             claim,
             claim.keys[0],
             recall(),
@@ -146,6 +150,7 @@ def bounded(
     if bench.wants(claim.keys[0]):
         fewest, most, experts = context_cost.experts_per_token(bench.backend)
         yield answer(
+            bench,
             claim,
             claim.keys[0],
             most,
@@ -171,11 +176,12 @@ def whole_model(bench: Bench, long: int | None = None, budget_s: float = 4.0) ->
             counts = written.get(ratio)
             if not counts:
                 why = f"the model under test has no layer that compresses {ratio} tokens"
-                yield not_run(key, compression.figure(key).what, why, command=command(key))
+                yield not_run(key, compression.figure(key).what, why, command=bench.command(key))
                 continue
             worst = max(counts, key=lambda n: abs(_COMPRESSED_TOKENS / max(n, 1) - ratio))
             more: dict[str, Value] = {"tokens": _COMPRESSED_TOKENS, "entries_by_layer": counts}
             yield answer(
+                bench,
                 compression,
                 key,
                 _COMPRESSED_TOKENS / max(worst, 1),
@@ -199,6 +205,7 @@ def whole_model(bench: Bench, long: int | None = None, budget_s: float = 4.0) ->
             "short_median_s": times.b.median,
         }
         yield answer(
+            bench,
             growth,
             key,
             times.ratio,

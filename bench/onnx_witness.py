@@ -135,7 +135,7 @@ def run(bench: Bench) -> Iterator[Row]:
         )
     except V4Error as exc:
         why = f"{exc.message}; {exc.hint}"
-        yield not_run(f"{_PREFIX}/prefill", _WHAT, why, command=_command(bench, _PREFIX), date=now())
+        yield not_run(f"{_PREFIX}/prefill", _WHAT, why, command=bench.command(_PREFIX), date=now())
         return
     name = "v4-nano" if bench.model is None else folder.name
     with Checkpoint(folder) as checkpoint:
@@ -222,19 +222,8 @@ def _row(
     return Row(
         key, f"{_WHAT}: {part.what}", judged(values, limits), "compiled" if on_device else bench.backend.evidence,
         values, limits, setting, "computed on the device; no kernel was timed" if on_device else "",
-        command=_command(bench, key), seed=bench.seed, seconds=round(time.monotonic() - begin, 3), date=now(),
+        command=bench.command(key), seed=bench.seed, seconds=round(time.monotonic() - begin, 3), date=now(),
     )  # fmt: skip
-
-
-def _command(bench: Bench, key: str) -> str:
-    words = [
-        "v4sdk bench run",
-        f"--only {key}",
-        f"--backend {bench.backend.name}",
-        f"--seed {bench.seed}",
-    ]
-    words += [f"--model {bench.model}"] if bench.model else []
-    return " ".join([*words, "--quick"] if bench.quick else words)
 
 
 STAGE = Stage("parity/onnx", run, quick_s=40.0, full_s=180.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -53,6 +54,16 @@ class Bench:
     def wants(self, key: str) -> bool:
         """Whether rows of this key, or under it, were asked for; lets a stage leave the others out."""
         return not self.only or any(key.startswith(p) or p.startswith(key) for p in self.only)
+
+    def command(self, key: str) -> str:
+        """The shell command that measures the row of a key again, with everything this run chose that its value depends on."""
+        threads = self.record.options.get("threads")
+        words = ["v4sdk", "bench", "run", "--suite", key.partition("/")[0], "--backend", self.backend.name]
+        words += ["--quick"] if self.quick else []
+        words += ["--model", str(self.model)] if self.model else []
+        words += ["--threads", str(threads)] if threads else []
+        words += ["--seed", str(self.seed)] if self.seed else []
+        return shlex.join([*words, "--only", key])
 
     def wrong(self, prefix: str) -> Row | None:
         """A row under `prefix` that failed: whatever it stands for has no speed."""

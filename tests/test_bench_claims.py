@@ -129,7 +129,7 @@ def test_every_claim_gets_its_rows_and_only_those_beside_it_are_added(
         for key in claim.keys:
             assert key in found, key
             row = found[key]
-            assert row.command == f"v4sdk bench run --suite claims --only {key}"
+            assert row.command == bench.command(key)
             if claim.status == "not testable here":
                 assert row.state == "not run"
                 assert row.note.startswith("needs ")
@@ -210,20 +210,20 @@ def test_work_of_a_token_is_what_the_formulas_say() -> None:
     assert work.indexer == kinds.count("csa") * n // 4 * 64 * 2 * 129
 
 
-def test_speeds_are_dropped_from_a_failed_answer() -> None:
+def test_speeds_are_dropped_from_a_failed_answer(bench: Bench) -> None:
     claim = ledger().claim("sparse-attention")
-    row = answer(claim, claim.keys[1], 9.0, more={"long_median_s": 1.0, "noise": 0.1})
+    row = answer(bench, claim, claim.keys[1], 9.0, more={"long_median_s": 1.0, "noise": 0.1})
     assert (row.state, sorted(row.values)) == ("failed", ["claimed", "found", "noise"])
 
 
-def test_a_row_without_a_limit_of_the_ledger_is_never_called_as_claimed() -> None:
+def test_a_row_without_a_limit_of_the_ledger_is_never_called_as_claimed(bench: Bench) -> None:
     claim = ledger().claim("mhc-amplification")
     alike = claim.figure("claims/mhc-amplification/alike")
     assert not alike.limits
-    assert answer(claim, alike.key, 3.6, limits={"found": 4.0}).state == "info"
-    assert answer(claim, alike.key, 4.6, limits={"found": 4.0}).state == "failed"
+    assert answer(bench, claim, alike.key, 3.6, limits={"found": 4.0}).state == "info"
+    assert answer(bench, claim, alike.key, 4.6, limits={"found": 4.0}).state == "failed"
     timed = ledger().claim("sparse-attention").keys[1]
-    assert answer(ledger().claim("sparse-attention"), timed, 9.0, judge=False).state == "info"
+    assert answer(bench, ledger().claim("sparse-attention"), timed, 9.0, judge=False).state == "info"
 
 
 def test_mhc_stays_bounded_where_the_control_explodes() -> None:

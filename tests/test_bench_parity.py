@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
-from v4sdk import Session, ops
+from v4sdk import Session, ops, plugins
 from v4sdk.backend import Backend, Kernel, kernel
 from v4sdk.checkpoint import Checkpoint
 from v4sdk.config import ModelConfig
@@ -27,6 +27,7 @@ from v4sdk_bench.compare_cli import compare
 from v4sdk_bench.record import Record
 from v4sdk_bench.stage import Bench, BenchError
 from v4sdk_bench.suites import parity
+from v4sdk_bench.suites.parity_rows import judged_row
 
 NANO = ModelConfig.from_folder(bundled_folder())
 
@@ -419,6 +420,28 @@ def test_the_allowance_is_three_sigma_of_a_binomial(task: str, count: int) -> No
 def test_sampled_questions_are_spread_over_those_of_the_score() -> None:
     few, every = evaluate.sampled("copy", 5), evaluate.sampled("copy", evaluate.ASKED)
     assert [every.index(d) for d in few] == [0, 50, 100, 150, 200]
+
+
+def test_questions_that_would_be_refused_are_not_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(evaluate, "accuracy", lambda count, tasks, backend: asked.extend(tasks) or ())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    found = run(bench_of(plugins.select("cpu"), tmp_path), "parity/task")
+    assert asked == [task for task in evaluate.RIGHT if task != "json_answer"]
+    (row,) = found.rows
+    assert (row.key, row.state) == ("parity/task/json_answer", "not run")
+    assert "pip install 'v4sdk[grammar]'" in row.note
+
+
+def test_what_the_references_computed_is_no_row_of_the_device(tmp_path: Path) -> None:
+    class Device(sides.References):
+        evidence = "device"
+
+    bench = bench_of(Device(), tmp_path)
+    assert judged_row(bench, "parity/x", "", {}, {}).evidence == "device"
+    assert judged_row(bench, "parity/x", "", {}, {}, evidence="reference").evidence == "reference"
 
 
 def test_goldens_that_are_not_there_are_rows_that_were_not_run(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,9 +13,10 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner
 
+from v4sdk import plugins
 from v4sdk.errors import BackendUnavailable, V4Error
 from v4sdk_bench import cli, run
-from v4sdk_bench.record import Record, Row
+from v4sdk_bench.record import NotSaved, Record, Row
 from v4sdk_bench.stage import Bench, BenchError, Stage
 
 Work = Callable[[Bench], Iterator[Row]]
@@ -129,6 +132,48 @@ def test_a_stage_that_breaks_is_named_and_the_others_run(
     assert str(error.args[0]) in made.stages["parity/a"]["note"]
 
 
+def test_a_stage_that_broke_is_run_again_by_the_same_command(
+    tmp_path: Path, plant: Callable[..., None]
+) -> None:
+    plant(a=rows("parity/1"), b=raising(RuntimeError("no room")))
+    assert start(tmp_path / "r.json").status == "complete"
+    plant(a=raising(AssertionError("a finished stage ran again")), b=rows("parity/2"))
+    made = start(tmp_path / "r.json")
+    assert keys(tmp_path / "r.json") == ["parity/1", "parity/2"]
+    assert {stage["state"] for stage in made.stages.values()} == {"done"}
+
+
+def test_a_row_that_breaks_the_schema_breaks_its_stage_only(
+    tmp_path: Path, plant: Callable[..., None]
+) -> None:
+    def work(bench: Bench) -> Iterator[Row]:
+        yield Row("parity/1", "wrong and still with a time", "failed", values={"median_s": 1.0})
+
+    plant(a=work, b=rows("parity/2"))
+    made = start(tmp_path / "r.json")
+    assert keys(tmp_path / "r.json") == ["parity/2"]
+    assert "still gives a speed" in made.stages["parity/a"]["note"]
+
+
+def test_a_full_disk_ends_the_run_with_its_reason(
+    tmp_path: Path, plant: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(source: object, target: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def work(bench: Bench) -> Iterator[Row]:
+        yield from rows("parity/1")(bench)
+        monkeypatch.setattr("v4sdk_bench.record.os.replace", full)
+        yield from rows("parity/2")(bench)
+
+    plant(a=work, b=raising(AssertionError("must not run")))
+    monkeypatch.setattr(run, "_SAVE_EVERY_S", 0.0)
+    with pytest.raises(NotSaved, match="No space left on device; the file keeps what was written before"):
+        start(tmp_path / "r.json")
+    monkeypatch.undo()
+    assert keys(tmp_path / "r.json") == ["parity/1"]
+
+
 def test_a_backend_that_vanishes_ends_the_run_and_keeps_its_rows(
     tmp_path: Path, plant: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,6 +196,35 @@ def test_only_keeps_wanted_rows_and_leaves_other_stages_out(
     assert keys(tmp_path / "r.json") == ["parity/op/a"]
     with pytest.raises(BenchError, match="--only ops/x is in none of the chosen suites"):
         start(tmp_path / "s.json", only=("ops/x",))
+
+
+def test_only_without_a_row_is_an_error_in_words(tmp_path: Path, plant: Callable[..., None]) -> None:
+    plant(op=rows("parity/op/a"))
+    command = ["run", "--backend", "cpu", "--only", "parity/op/b"]
+    result = CliRunner().invoke(cli.bench, command, standalone_mode=False)
+    assert result.return_value == 1
+    assert "no row has a key that begins with parity/op/b" in result.output
+
+
+def test_rows_are_counted_once(capsys: pytest.CaptureFixture[str]) -> None:
+    screen, row = cli.Screen(), Row("ops/1", "1", "info")
+    for event in (
+        run.Event("stage", "ops/speed"),
+        *[run.Event("row", row.key, row)] * 2,
+        run.Event("end", "done"),
+    ):
+        screen.show(event)
+    assert capsys.readouterr().err == "[0/0] done, 1 rows\n"
+
+
+def test_the_command_of_a_row_names_what_its_value_depends_on(tmp_path: Path) -> None:
+    record = Record("2026-01-01T00:00:00+00:00", "test", {"threads": 3}, {}, {})
+    bench = Bench(
+        plugins.select("cpu"), record, tmp_path, tmp_path, quick=True, seed=7, model=Path("my models/a")
+    )
+    assert bench.command("ops/linear/x") == (
+        "v4sdk bench run --suite ops --backend cpu --quick --model 'my models/a' --threads 3 --seed 7 --only ops/linear/x"
+    )
 
 
 def test_a_host_has_no_device_rows(tmp_path: Path) -> None:

@@ -415,6 +415,14 @@ def test_rows_of_a_whole_model(chat_folder: Path, tmp_path: Path, monkeypatch: p
     assert found[f"{key}/calls"].setting["fingerprint"] == fingerprint
 
 
+def test_a_failed_row_of_a_model_keeps_its_figures_and_no_speed(tmp_path: Path) -> None:
+    values = {"difference": 2.0, "first_token_s": 3.0}
+    row = model_rows.row_of(
+        bench_of(tmp_path), "model/x/first-token", "", {}, values, limits={"difference": 1.0}
+    )
+    assert (row.state, row.values) == ("failed", {"difference": 2.0})
+
+
 def test_a_device_needs_kernel_times_for_its_word(tmp_path: Path) -> None:
     backend = Planted()
     backend.evidence = "device"

@@ -7,7 +7,7 @@ from functools import partial
 
 from v4sdk.loading import bundled_folder
 from v4sdk_bench import amplification, arithmetic, lossless
-from v4sdk_bench.answers import answer, command, untestable
+from v4sdk_bench.answers import answer, untestable
 from v4sdk_bench.claim_figures import COMPUTED, MODELS
 from v4sdk_bench.claims import PREFIX, Claim, ledger
 from v4sdk_bench.claims_context import allocated, bounded, whole_model
@@ -34,7 +34,7 @@ def computed(bench: Bench) -> Iterator[Row]:
             part = key.rpartition("/")[2]
             found, more, note = compute(part)
             setting = {"config": _CONFIGS[part.rpartition("-")[2]]}
-            yield answer(claim, key, found, more=more, setting=setting, note=note)
+            yield answer(bench, claim, key, found, more=more, setting=setting, note=note)
     yield from _decode_reads(bench)
 
 
@@ -58,7 +58,7 @@ def _decode_reads(bench: Bench) -> Iterator[Row]:
                 "long_cache_bytes": far,
             },
             setting={"config": f"v4-{model}", "short": short, "long": long},
-            command=command(key),
+            command=bench.command(key),
             note="arithmetic, nothing was measured; no time and no launch is counted, so a rate falls more than this",
         )
 
@@ -67,7 +67,7 @@ def lossless_fp8(bench: Bench) -> Iterator[Row]:
     """FP4 weights as FP8: every code under every scale, random matrices, and the experts of the model under test."""
     claim = ledger().claim("fp4-fp8-lossless")
     # on the host, whatever is under test
-    answered = partial(answer, claim)
+    answered = partial(answer, bench, claim)
     codes, matrices, model = claim.keys
     if bench.wants(codes):
         tried = [lossless.exact_pairs(spread) for spread in range(lossless.EXACT_SPREAD + 1)]
@@ -103,11 +103,11 @@ def _lossless_model(bench: Bench, claim: Claim, key: str) -> Row:
     done, matrices, fingerprint = lossless.checkpoint(path, 200 if bench.quick else None)
     if not matrices:
         return not_run(
-            key, claim.figure(key).what, "the model under test has no FP4 experts", command=command(key)
+            key, claim.figure(key).what, "the model under test has no FP4 experts", command=bench.command(key)
         )
     more: dict[str, Value] = {"matrices": matrices, "values": done.values, "largest_spread_log2": done.spread}
     setting: dict[str, Value] = {"model": fingerprint}
-    return answer(claim, key, done.differing, more=more, setting=setting)
+    return answer(bench, claim, key, done.differing, more=more, setting=setting)
 
 
 def amplified(bench: Bench) -> Iterator[Row]:
@@ -115,7 +115,7 @@ def amplified(bench: Bench) -> Iterator[Row]:
     claim = ledger().claim("mhc-amplification")
     constrained, free, alike = claim.keys
     seeds = range(bench.seed, bench.seed + (4 if bench.quick else 16))
-    answered = partial(answer, claim, seed=bench.seed)
+    answered = partial(answer, bench, claim, seed=bench.seed)
     setting: dict[str, Value] = {
         "sublayers": amplification.SUBLAYERS,
         "streams": amplification.STREAMS,
@@ -159,7 +159,7 @@ def _unconstrained(bench: Bench, claim: Claim, key: str, seeds: range, setting: 
     }
     limits = {"constrained_same_draws": 1.6}
     return answer(
-        claim, key, medians[_CONTROL_SCALE], more=more, limits=limits, setting=setting, seed=bench.seed
+        bench, claim, key, medians[_CONTROL_SCALE], more=more, limits=limits, setting=setting, seed=bench.seed
     )
 
 
@@ -180,12 +180,13 @@ def balanced(bench: Bench) -> Iterator[Row]:
     more: dict[str, Value] = {"columns": columns, "rows": rows, "by_scale_and_iterations": by_scale}
     # the last step normalises columns, so they are exact but for eps
     yield answer(
+        bench,
         claim,
         key,
         max(columns, rows),
         more=more,
         limits={"columns": 1e-5},
-        setting={"streams": 4, "iterations": 20, "matrices": h[..., 0, 0].numel()},
+        setting={"streams": 4, "iterations": 20, "scale": 1.0, "matrices": h[..., 0, 0].numel()},
         seed=bench.seed,
     )
 
@@ -194,7 +195,7 @@ def not_testable(bench: Bench) -> Iterator[Row]:
     """What would take other hardware or the released weights, and what exactly."""
     for claim in ledger().claims:
         if claim.status == "not testable here":
-            yield from (row for row in untestable(claim) if bench.wants(row.key))
+            yield from (row for row in untestable(bench, claim) if bench.wants(row.key))
     key = f"{PREFIX}single-device-expert-fusion"
     if bench.wants(key):
         what = "single-device expert fusion ratio: fused expert path over the same kernels unfused in a graph; no communication"
@@ -202,7 +203,7 @@ def not_testable(bench: Bench) -> Iterator[Row]:
             key,
             what,
             f"backend `{bench.backend.name}` has no fused expert kernel to compare",
-            command=command(key),
+            command=bench.command(key),
         )
 
 

@@ -17,7 +17,7 @@ from v4sdk_bench.record import Row, Value, not_run
 from v4sdk_bench.stage import Bench, Stage
 from v4sdk_bench.suites.model_layers import layers
 from v4sdk_bench.suites.model_memory import memory
-from v4sdk_bench.suites.model_rows import Subject, command, evidence, kernels, row_of, subject
+from v4sdk_bench.suites.model_rows import Subject, evidence, kernels, row_of, subject
 from v4sdk_bench.timing import Sample, load, paired, percentile
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def whole(bench: Bench) -> Iterator[Row]:
         note = f"no speed: {red.key} is red"
         for part in ("load", "frontier", "batch", "calls", "numerics", "noise"):
             yield Row(f"{key}/{part}", what, "failed", evidence(bench, {}), setting=about.setting, note=note,
-                      command=command(bench, f"{key}/{part}"), seed=bench.seed)  # fmt: skip
+                      command=bench.command(f"{key}/{part}"), seed=bench.seed)  # fmt: skip
         return
     yield from _frontiers(bench, about)
     with Session.load(about.folder, backend=bench.backend) as session:
@@ -112,7 +112,7 @@ def _frontiers(bench: Bench, about: Subject) -> Iterator[Row]:
             break
     for left in waiting:
         yield not_run(left, f"{about.name}: a context frontier", "the time of this stage was used up",
-                      setting=setting, command=command(bench, left))  # fmt: skip
+                      setting=setting, command=bench.command(left))  # fmt: skip
 
 
 def _load_row(bench: Bench, about: Subject, found: Loading) -> Row:
@@ -130,11 +130,12 @@ def _frontier_row(bench: Bench, about: Subject, found: Frontier, shared: dict[st
     what = f"{about.name}: {found.tokens:,} tokens of context{', synthetic KV' if found.synthetic else ''}"
     setting = shared | {"tokens": found.tokens, "state": "synthetic KV" if found.synthetic else "read"}
     if found.refused is not None:
-        return not_run(key, what, found.refused, setting=setting, command=command(bench, key))
+        return not_run(key, what, found.refused, setting=setting, command=bench.command(key))
     if not found.finite:
         return Row(key, what, "failed", evidence(bench, {}), setting=setting, seed=bench.seed,
-                   note="a log-probability is not a number", command=command(bench, key))  # fmt: skip
-    return row_of(bench, key, what, setting, {**found.values(), "load": load()})
+                   note="a log-probability is not a number", command=bench.command(key))  # fmt: skip
+    note = "peak_bytes is of the whole walk so far, from short to long contexts"
+    return row_of(bench, key, what, setting, {**found.values(), "load": load()}, note=note)
 
 
 def _batches(bench: Bench, about: Subject, session: Session) -> Iterator[Row]:
@@ -150,11 +151,11 @@ def _batches(bench: Bench, about: Subject, session: Session) -> Iterator[Row]:
         try:
             found = batch(session, size, _CONTEXT, _BATCH_STEPS[bench.quick], bench.seed)
         except MemoryRefused as exc:
-            yield not_run(key, what, exc.message, setting=setting, command=command(bench, key))
+            yield not_run(key, what, exc.message, setting=setting, command=bench.command(key))
             continue
         if not found.probe.finite:
             yield Row(key, what, "failed", evidence(bench, {}), setting=setting, seed=bench.seed,
-                      note="a log-probability is not a number", command=command(bench, key))  # fmt: skip
+                      note="a log-probability is not a number", command=bench.command(key))  # fmt: skip
             continue
         steps = Sample(found.probe.seconds, 0.0, load())
         values: dict[str, Value] = {

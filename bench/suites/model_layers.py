@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from v4sdk_bench.record import Row, Value, judged, not_run
 from v4sdk_bench.stage import Bench, BenchError
-from v4sdk_bench.suites.model_rows import command, kernels, row_of
+from v4sdk_bench.suites.model_rows import kernels, row_of
 from v4sdk_bench.timing import sample
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def layers(bench: Bench) -> Iterator[Row]:
                 case.key,
                 _layer_name(case),
                 "the time of this stage was used up",
-                command=command(bench, case.key),
+                command=bench.command(case.key),
             )
             continue
         row = _layer_row(bench, case)
@@ -66,7 +66,7 @@ def _layer_row(bench: Bench, case: LayerCase) -> Row:
         found = layer(case, bench.backend, bench.say, bench.seed)
     except BenchError as exc:
         return not_run(
-            case.key, _layer_name(case), exc.message, setting=setting, command=command(bench, case.key)
+            case.key, _layer_name(case), exc.message, setting=setting, command=bench.command(case.key)
         )
     values: dict[str, Value] = {
         "relative_l2": found.relative_l2, "finite": int(found.finite), "read_bytes": found.cost.read_bytes,

@@ -1,8 +1,7 @@
-"""What the rows of the suite `model` share: the model under test, evidence, kernel times, commands."""
+"""What the rows of the suite `model` share: the model under test, evidence, kernel times."""
 
 from __future__ import annotations
 
-import shlex
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -71,16 +70,11 @@ def row_of(
     bench: Bench, key: str, what: str, setting: dict[str, Value], values: dict[str, Any],
     limits: dict[str, float] | None = None, note: str = "",
 ) -> Row:  # fmt: skip
-    """A row, judged by its limits, with evidence, command and seed."""
+    """A row, judged by its limits, with evidence, command and seed; a failed one keeps no speeds."""
+    state = judged(values, limits or {})
+    if state == "failed":
+        values = {name: value for name, value in values.items() if not name.endswith(SPEED_ENDINGS)}
     return Row(
-        key, what, judged(values, limits or {}), evidence(bench, values), values=values, limits=limits or {}, setting=setting,
-        note=note, command=command(bench, key), seed=bench.seed,
+        key, what, state, evidence(bench, values), values=values, limits=limits or {}, setting=setting, note=note,
+        command=bench.command(key), seed=bench.seed,
     )  # fmt: skip
-
-
-def command(bench: Bench, key: str) -> str:
-    """The shell command that measures one row again."""
-    words = ["v4sdk", "bench", "run", "--suite", "model", "--backend", bench.backend.name]
-    words += ["--quick"] if bench.quick else []
-    words += ["--model", str(bench.model)] if bench.model else []
-    return shlex.join([*words, "--only", key])

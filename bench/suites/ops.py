@@ -10,7 +10,6 @@ import contextlib
 import importlib.util
 import io
 import os
-import shlex
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -106,12 +105,10 @@ def noise_row(bench: Bench) -> Row:
     def work() -> object:
         return (x * 1.5).sum()
 
-    budget = _CASE_S[bench.quick] * 10
-    found = paired(work, work, budget, sync=bench.backend.synchronize)
+    found = paired(work, work, _CASE_S[bench.quick] * 10, sync=bench.backend.synchronize)
     return Row(
         "ops/noise", "the same call against itself", "info", "reference", setting={"elements": x.numel()},
-        values={**found.values(), "verdict": found.verdict, "load": load()}, command=_command(bench, "ops/noise"),
-        seconds=budget,
+        values={**found.values(), "verdict": found.verdict, "load": load()}, command=bench.command("ops/noise"),
     )  # fmt: skip
 
 
@@ -208,7 +205,7 @@ def _rows(bench: Bench, plan: Plan, watch: Watch, case: OpCase, ceilings: list[C
     red = bench.wrong(f"parity/op/{case.op.name}/")
     if label in plan.left_out:
         yield not_run(
-            key, _what(case), plan.left_out[label], setting=_setting(case), command=_command(bench, key)
+            key, _what(case), plan.left_out[label], setting=_setting(case), command=bench.command(key)
         )
     elif label in plan.wrong or label in watch.failures or red is not None:
         found = plan.wrong.get(label)
@@ -218,7 +215,7 @@ def _rows(bench: Bench, plan: Plan, watch: Watch, case: OpCase, ceilings: list[C
         yield Row(
             key, _what(case), "failed", found.evidence if found else "reference",
             values={"error": found.worst} if found else {}, limits={"error": 1.0} if found else {},
-            setting=_setting(case), note=f"no time: {why}", command=_command(bench, key), seconds=seconds,
+            setting=_setting(case), note=f"no time: {why}", command=bench.command(key), seconds=seconds,
         )  # fmt: skip
     else:
         timed = plan.timed[label]
@@ -228,7 +225,7 @@ def _rows(bench: Bench, plan: Plan, watch: Watch, case: OpCase, ceilings: list[C
                 f"{key}/against-reference", f"{case.op.name}: the reference (a) and the {timed.ready.how} (b) in turns",
                 "info", timed.ready.evidence,
                 values={**timed.against.values(), "verdict": timed.against.verdict, **_kernel(timed)},
-                setting=_setting(case), command=_command(bench, key),
+                setting=_setting(case), command=bench.command(key),
             )  # fmt: skip
 
 
@@ -245,7 +242,7 @@ def timed_row(bench: Bench, case: OpCase, timed: Timed, ceilings: list[Ceiling],
     row = Row(
         key, _what(case), judged(about, {"error": 1.0}), ready.evidence,
         values=about, limits={"error": 1.0}, setting={**_setting(case), "dtype": ready.dtype},
-        command=_command(bench, key), seconds=seconds,
+        command=bench.command(key), seconds=seconds,
     )  # fmt: skip
     speeds = rounds.values() | {"spread": rounds.spread, "load": load()} | _kernel(timed)
     del speeds["cpu_s"]
@@ -280,13 +277,6 @@ def _what(case: OpCase) -> str:
 def _setting(case: OpCase) -> dict[str, Value]:
     caches = "emptied before each round" if case.real else "as the round before left them"
     return {"op": case.op.name, "case": case.case.label, "scale": case.case.scale, "caches": caches}
-
-
-def _command(bench: Bench, key: str) -> str:
-    quick = ["--quick"] if bench.quick else []
-    return shlex.join(
-        ["v4sdk", "bench", "run", "--suite", "ops", "--backend", bench.backend.name, *quick, "--only", key]
-    )
 
 
 def _label(nodeid: str) -> str:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from v4sdk.backend import Evidence
 from v4sdk.loading import bundled_folder
 from v4sdk_bench.record import Row, Value, judged, not_run
 from v4sdk_bench.stage import Bench
@@ -14,41 +15,33 @@ NUMERICS = ("exact", "reference", "fast")
 _NO_TIME = "the stage's time was used up: run it alone with --only, or without --quick"
 
 
-def command(bench: Bench, key: str) -> str:
-    """What reproduces a row."""
-    parts = [
-        "v4sdk bench run --suite parity",
-        f"--only {key}",
-        f"--backend {bench.backend.name}",
-        f"--seed {bench.seed}",
-    ]
-    parts += ["--quick"] * bench.quick + ([f"--model {bench.model}"] if bench.model else [])
-    return " ".join(parts)
-
-
 def judged_row(
     bench: Bench, key: str, what: str, values: Mapping[str, Value], limits: Mapping[str, float], note: str = "",
-    **setting: Value,
+    evidence: Evidence | None = None, **setting: Value,
 ) -> Row:  # fmt: skip
-    """A judged row of this run."""
+    """A judged row of this run.
+
+    Args:
+        evidence: what computed it, where that is not the backend under test.
+    """
     state = judged(values, limits)
     return Row(
         key,
         what,
         state,
-        bench.backend.evidence,
+        evidence or bench.backend.evidence,
         values,
         limits,
         setting,
         note,
-        command(bench, key),
+        bench.command(key),
         bench.seed,
     )
 
 
 def late_row(bench: Bench, key: str, what: str) -> Row | None:
     """The row that says a part was left out, where no time is left."""
-    return not_run(key, what, _NO_TIME, command=command(bench, key)) if bench.left() <= 0 else None
+    return not_run(key, what, _NO_TIME, command=bench.command(key)) if bench.left() <= 0 else None
 
 
 def model_folder(bench: Bench) -> Path:
