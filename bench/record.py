@@ -216,6 +216,7 @@ class Record:
                 f"{path} has schema {raw.get('schema')!r}, expected {SCHEMA}",
                 hint="read it with the version of v4sdk that wrote it (it is named in the file), or measure again",
             )
+        _check_types(raw, path)
         try:
             rows = [Row(**row) for row in raw["rows"]]
             known = {f.name for f in fields(cls)}
@@ -241,3 +242,35 @@ class Record:
         timed = any(name.endswith(SPEED_ENDINGS) for name in row.values)
         if row.suite in _TIMED_SUITES and timed and not kernel_times:
             raise BadRecord(f"row `{row.key}` claims evidence `device` without kernel times")
+
+
+_TYPES: Mapping[str, type] = {
+    "options": dict, "machine": dict, "software": dict, "models": dict, "stages": dict, "ceilings": list, "rows": list,
+    "started": str, "command": str, "status": str,
+}  # fmt: skip
+_ROW_TYPES: Mapping[str, type] = {
+    "key": str, "what": str, "state": str, "evidence": str, "values": dict, "limits": dict, "setting": dict, "note": str,
+    "command": str,
+}  # fmt: skip
+
+
+def _check_types(raw: Mapping[str, Any], path: Path) -> None:
+    """Refuse what whoever reads the record would fall over; fields that are missing are for the constructors to name."""
+    for name in _TYPES.keys() & raw.keys():
+        if not isinstance(raw[name], _TYPES[name]):
+            raise BadRecord(
+                f"{path}: `{name}` is {type(raw[name]).__name__}, expected {_TYPES[name].__name__}"
+            )
+    for name in ("models", "stages", "ceilings", "rows"):
+        held = raw.get(name, [])
+        if not all(isinstance(entry, dict) for entry in (held.values() if isinstance(held, dict) else held)):
+            raise BadRecord(f"{path}: an entry of `{name}` is not an object")
+    if not isinstance(raw.get("device"), dict | None):
+        raise BadRecord(f"{path}: `device` is {type(raw['device']).__name__}, expected an object or null")
+    for row in raw.get("rows", []):
+        for name in _ROW_TYPES.keys() & row.keys():
+            if not isinstance(row[name], _ROW_TYPES[name]):
+                raise BadRecord(
+                    f"{path}: `{name}` of row `{row.get('key')}` is {type(row[name]).__name__}, "
+                    f"expected {_ROW_TYPES[name].__name__}"
+                )

@@ -105,6 +105,11 @@ def spoil(text: str) -> dict[str, str]:
         "another schema": json.dumps({**whole, "schema": 99}),
         "no rows": json.dumps({k: v for k, v in whole.items() if k != "rows"}),
         "a stranger in a row": json.dumps({**whole, "rows": [{"key": "ops/x", "colour": "red"}]}),
+        "a device that is none": json.dumps({**whole, "device": "x"}),
+        "a machine that is none": json.dumps({**whole, "machine": None}),
+        "a stage that is none": json.dumps({**whole, "stages": {"ops/speed": []}}),
+        "a row that is none": json.dumps({**whole, "rows": [7]}),
+        "values that are none": json.dumps({**whole, "rows": [{**whole["rows"][0], "values": None}]}),
         "a list": "[]",
         "binary": "\udcff",
     }
@@ -112,7 +117,20 @@ def spoil(text: str) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     "how",
-    ["truncated", "another kind", "another schema", "no rows", "a stranger in a row", "a list", "binary"],
+    [
+        "truncated",
+        "another kind",
+        "another schema",
+        "no rows",
+        "a stranger in a row",
+        "a device that is none",
+        "a machine that is none",
+        "a stage that is none",
+        "a row that is none",
+        "values that are none",
+        "a list",
+        "binary",
+    ],
 )
 def test_a_spoilt_file_is_refused_with_a_way_out(tmp_path: Path, how: str) -> None:
     made, path = record(), tmp_path / "a.json"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from v4sdk_bench.record import BadRecord, Record
+from v4sdk_bench.record import Record
 from v4sdk_bench.report.numbers import finite
 
 
@@ -64,7 +64,6 @@ def load(paths: Sequence[Path]) -> tuple[list[Source], list[str]]:
     seen: dict[str, Source] = {}
     for path in paths:
         record = Record.load(path)
-        _check(record, path)
         digest = json.dumps(vars(record), default=vars, sort_keys=True)
         if digest in seen:
             twin = seen[digest]
@@ -78,30 +77,3 @@ def load(paths: Sequence[Path]) -> tuple[list[Source], list[str]]:
 
 def _label(at: int) -> str:
     return chr(ord("A") + at) if at < 26 else f"R{at + 1}"
-
-
-def _check(record: Record, path: Path) -> None:
-    """`Record.load` checks rows; what stands around them must have its type too, or a report would fall over it."""
-    for name, kind in (
-        ("options", dict), ("machine", dict), ("software", dict), ("models", dict), ("stages", dict), ("ceilings", list),
-        ("started", str), ("command", str),
-    ):  # fmt: skip
-        if not isinstance(getattr(record, name), kind):
-            raise BadRecord(
-                f"{path}: `{name}` is {type(getattr(record, name)).__name__}, expected {kind.__name__}"
-            )
-    inner = {"models": record.models.values(), "stages": record.stages.values(), "ceilings": record.ceilings}
-    for name, values in inner.items():
-        if not all(isinstance(value, dict) for value in values):
-            raise BadRecord(f"{path}: an entry of `{name}` is not an object")
-    if record.device is not None and not isinstance(record.device, dict):
-        raise BadRecord(f"{path}: `device` is {type(record.device).__name__}, expected an object or null")
-    for row in record.rows:
-        for name, value, kind in (
-            ("key", row.key, str), ("values", row.values, dict), ("limits", row.limits, dict),
-            ("setting", row.setting, dict), ("note", row.note, str), ("command", row.command, str), ("what", row.what, str),
-        ):  # fmt: skip
-            if not isinstance(value, kind):
-                raise BadRecord(
-                    f"{path}: `{name}` of row `{row.key}` is {type(value).__name__}, expected {kind.__name__}"
-                )
