@@ -500,10 +500,14 @@ def test_an_engine_of_another_model_is_listed_without_speed() -> None:
 
 def test_claims_stand_beside_what_was_found() -> None:
     found, _ = made(sample())
-    line = cells_of(tables(found)["Claims"], "1M tokens, V4-Pro needs 27%")
-    assert line[1:3] == ["27.0%", "✓ 26.8% (as claimed)"]
-    assert "reproduced by arithmetic (claims/flops-1m/pro)" in line
-    assert "not in this record" in cells_of(tables(found)["Claims"], "KV cache of V4-Pro is 10%")
+    brief, full = (tables(found)[name] for name in ("Claims reproduced by arithmetic",
+                                                    "Claims in full: words, source, method, keys"))  # fmt: skip
+    assert not brief.folded, "the answer to a claim is not hidden"
+    assert cells_of(brief, "FLOPs of a decoded token, V4-Pro")[1:] == ["27.0%", "✓ 26.8%"]
+    assert "not in this record" in cells_of(brief, "KV bytes per token, V4-Pro over V3.2")
+    line = cells_of(full, "FLOPs of a decoded token, V4-Pro")
+    assert "1M tokens, V4-Pro needs 27%" in line[1]
+    assert line[-2:] == ["✓ 26.8% (as claimed)", "claims/flops-1m/pro, reproduced by arithmetic"]
     assert (
         tables(found)["Expert parallelism"]
         .rows[0][0]
@@ -831,9 +835,36 @@ def test_the_terminal_shows_verdict_tables_and_one_command(capsys: pytest.Captur
     assert "Parity is red: 4 of" in out
     assert "\x1b[" not in out, "no colours in a pipe"
     assert "$ v4sdk bench run" in out
-    assert "every comparison" not in out
+    assert "with --all: Ops against their reference: every comparison (32 rows, ✗ 4)" in out
     terminal.render(made(sample())[0], whole=True)
-    assert "every comparison" in capsys.readouterr().out
+    whole = capsys.readouterr().out
+    assert "with --all" not in whole
+    assert whole.count("\n") > out.count("\n") + 30
+
+
+def test_what_is_folded_says_whether_it_is_right() -> None:
+    red, green = made(sample(fails=("parity/invariance/",)))[0], made(sample())[0]
+    name = "Invariances: the same tokens by another way"
+    assert (tables(red)[name].bad, tables(green)[name].bad) == (5, 0)
+    assert tables(green)[name].contents == "5 rows, all ✓"
+    page = shown(sample(fails=("parity/invariance/",)))
+    summaries = re.findall(r"<details class=\"folded[^>]*><summary>[^<]*<span", html.render(red))
+    assert any("open" in s and name in s for s in summaries), "a short table with something wrong stands open"
+    assert name in page.words
+    folded = markdown.render(green)
+    assert f"<details><summary>{name} (5 rows, all ✓)</summary>\n\n### " in folded
+    assert folded.count("<details>") == folded.count("</details>")
+
+
+def test_claims_are_counted_before_they_are_listed() -> None:
+    facts = [fact.text for fact in made(sample())[0].verdicts[0].facts]
+    assert any(
+        re.fullmatch(r"Published claims: \d+ of \d+ figures found as claimed.*", fact) for fact in facts
+    )
+
+
+def test_noise_above_one_is_a_share_too() -> None:
+    assert numbers.show("noise", 1.617) == "161.7%"
 
 
 def test_the_terminal_does_not_read_markup(capsys: pytest.CaptureFixture[str]) -> None:

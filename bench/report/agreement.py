@@ -35,7 +35,7 @@ def section(joined: Joined) -> Section | None:
     summed = [line for line in whole if line not in buckets and _has_metrics(line)]
     others = [line for line in whole if line not in buckets and line not in summed]
     if summed:
-        blocks.append(_agreement(joined, summed, "Whole-model agreement"))
+        blocks.append(replace(_agreement(joined, summed, "Whole-model agreement"), folded=bool(buckets)))
     if buckets:
         blocks.append(
             replace(_agreement(joined, buckets, "Whole-model agreement by position"), folded=bool(summed))
@@ -43,7 +43,11 @@ def section(joined: Joined) -> Section | None:
     if others:
         blocks.append(
             cells.by_record(
-                "Experts, picked entries and greedy tokens", joined, _bad_first(others), cells.plain
+                "Experts, picked entries and greedy tokens",
+                joined,
+                _bad_first(others),
+                cells.plain,
+                folded=True,
             )
         )
     invariances = joined.take("parity/invariance/")
@@ -51,11 +55,12 @@ def section(joined: Joined) -> Section | None:
         blocks.append(_invariances(joined, invariances))
     lines = joined.take("parity/task")
     if lines:
-        blocks.append(cells.by_record("Task accuracy of the bundled model", joined, _bad_first(lines), _task))
+        asked = cells.by_record("Task accuracy of the bundled model", joined, _bad_first(lines), _task)
+        blocks.append(replace(asked, form="brief"))
     lines = joined.take("parity/onnx/")
     if lines:
         title = "Third witness: the exported graph in another runtime"
-        blocks.append(cells.by_record(title, joined, _bad_first(lines), cells.plain))
+        blocks.append(cells.by_record(title, joined, _bad_first(lines), cells.plain, folded=True))
     lines = joined.take("parity/calibration/")
     if lines:
         told = "Roundings and mistakes planted in a trained model: do the words above tell them apart?"
@@ -66,7 +71,9 @@ def section(joined: Joined) -> Section | None:
         )
     lines = joined.take("parity/")
     if lines:
-        blocks.append(cells.by_record("Other comparisons", joined, _bad_first(lines), cells.plain))
+        golden = all(line.key.startswith("parity/golden/") for line in lines)
+        title = "Recorded activations of the official forward pass" if golden else "Other comparisons"
+        blocks.append(cells.by_record(title, joined, _bad_first(lines), cells.plain, folded=True))
     if not blocks:
         return None
     lead = "Each value is compared with its reference before any speed is told. A limit that is broken turns its row red."
@@ -138,7 +145,7 @@ def _invariances(joined: Joined, lines: Sequence[Line]) -> Table:
         for label in joined.labels
     ]
     caption = "Invariances: the same tokens by another way"
-    return Table(caption, ("what", *heads), tuple(rows), cells.commands(lines), form="stack")
+    return Table(caption, ("what", *heads), tuple(rows), cells.commands(lines), form="stack", folded=True)
 
 
 def _invariance(source: Source, row: Row) -> Cell:

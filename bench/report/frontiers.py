@@ -45,7 +45,9 @@ def section(joined: Joined) -> Section | None:
     rest = [line for line in joined.take("model/", without=("model/peers/",)) if not is_ratio(line)]
     if rest:
         blocks.append(
-            cells.by_record("Other measurements of whole models and layers", joined, rest, cells.plain)
+            cells.by_record(
+                "Other measurements of whole models and layers", joined, rest, cells.plain, folded=True
+            )
         )
     if not blocks:
         return None

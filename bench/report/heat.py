@@ -48,6 +48,9 @@ def heat(joined: Joined, lines: Sequence[Line], caption: str, noun: str) -> Tabl
         for label in (joined.labels if not stacked else [""])
     ]
     note = "Percent of the accepted limit that the worst comparison of a cell uses; above 100% it failed."
+    ran = [row for line in lines for row in line.rows.values() if row.state != "not run"]
+    if ran and all(row.values.get("how") == "reference" for row in ran):
+        note += " Here the references themselves computed every case, so none could differ; a backend's kernels can."
     return Table(caption, (noun, *heads), tuple(row for _, row in rows), cells.commands(lines), note, "heat")
 
 

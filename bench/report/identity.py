@@ -10,6 +10,8 @@ from v4sdk_bench.report.compare import Joined
 from v4sdk_bench.report.numbers import ABSENT, finite, interval, seconds, show
 from v4sdk_bench.report.page import Cell, Section, Table, unique
 
+# more of them fold below their number
+_MANY = 8
 EVIDENCE = {
     "reference": "the plain torch definition of the op computed it",
     "schema": "the vendor's op exists with these arguments",
@@ -59,6 +61,7 @@ def _who(joined: Joined) -> Table:
         ("", *heads),
         tuple(rows),
         unique(s.record.command for s in joined.sources),
+        folded=len(joined.sources) == 1,
     )
 
 
@@ -99,7 +102,7 @@ def _ceilings(joined: Joined) -> Table:
                     Cell(str(best.get("date", ABSENT))[:19]),
                 )
             )
-    heads = ("reached", "all rounds", "measured", "threads", "buffer", "when, UTC")
+    heads = ("reached", "10th to 90th percentile", "measured", "threads", "buffer", "when, UTC")
     note = "Measured in the same run as everything that is given as a share of it, before and after."
     command = unique(s.record.command for s in joined.sources)
     return Table(
@@ -114,6 +117,7 @@ def _legend() -> Table:
         ("word", "what stands behind a value"),
         rows,
         form="stack",
+        folded=True,
     )
 
 
@@ -151,9 +155,8 @@ def not_run(joined: Joined) -> Section | None:
         ]
     if not rows:
         return None
-    table = Table(
-        "What was not run, and why", ("what", *cells.tag_column(joined), "reason"), tuple(rows), form="stack"
-    )
+    columns = ("what", *cells.tag_column(joined), "reason")
+    table = Table("What was not run, and why", columns, tuple(rows), form="stack", folded=len(rows) > _MANY)
     return Section("not-run", "What was not run", (table,), nav="Not run")
 
 

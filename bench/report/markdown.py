@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from html import escape
 
 from v4sdk_bench.report.page import Block, Cell, Figures, Page, Section, Table, Text
 
@@ -38,6 +39,10 @@ def _section(section: Section) -> Iterator[str]:
 def _block(block: Block) -> Iterator[str]:
     if isinstance(block, Text):
         yield from (text(_said(block)), "")
+    elif isinstance(block, Table) and block.folded:
+        # what a page folds, a viewer of Markdown folds too; the blank line lets the table be one
+        yield from (f"<details><summary>{escape(f'{block.caption} ({block.contents})')}</summary>", "")
+        yield from (*_table(block), "</details>", "")
     elif isinstance(block, Table):
         yield from _table(block)
     elif isinstance(block, Figures):

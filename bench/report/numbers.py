@@ -9,6 +9,8 @@ from typing import Any
 ABSENT = "–"
 # shares between 0 and 1 whose names carry no unit
 SHARES = ("top1", "top5", "accuracy", "noise", "spread", "agreement", "share", "exact_match", "sets_equal")
+# shares that have no upper end
+_OPEN_SHARES = ("noise", "spread")
 # below these one line of a table is about a count, not a quantity
 _COUNTS = ("rounds", "positions", "tokens", "threads", "questions", "cores", "calls", "cases", "ranks")
 
@@ -73,6 +75,8 @@ def _number(name: str, value: float) -> str:
     if name.endswith("ratio") or name.startswith("ratio"):
         return f"{digits(value)}×"
     if name.endswith(SHARES) and 0 <= value <= 1:
+        return percent(value)
+    if name.endswith(_OPEN_SHARES) and value > 1:
         return percent(value)
     if isinstance(value, int) or (value == int(value) and (name.endswith(_COUNTS) or abs(value) >= 1000)):
         return f"{int(value):,}"

@@ -136,7 +136,9 @@ def _table(joined: Joined, lines: Sequence[Line], numbers: dict[str, int]) -> Ta
             )
         )
     heads = ("bytes", "FLOPs", "floor", "median", "spread", "of the ceiling", "evidence")
-    return Table("Ops", ("op", *cells.tag_column(joined), *heads), tuple(rows), cells.commands(lines))
+    return Table(
+        "Ops", ("op", *cells.tag_column(joined), *heads), tuple(rows), cells.commands(lines), folded=True
+    )
 
 
 def _name(line: Line, number: int) -> Cell:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from v4sdk.errors import V4Error
 from v4sdk_bench.claims import STATUSES, Claim, Figure, Ledger, ledger
 from v4sdk_bench.report import cells
@@ -42,43 +45,67 @@ def claims(joined: Joined) -> Section | None:
         lines = joined.take(
             *(key for claim in known.claims for key in claim.keys), without=(EXPERT_PARALLEL,)
         )
-        heads = [head if head == "found" else f"found, {head}" for head in cells.headings(joined)]
-        rows = tuple(row for claim in known.claims for row in _figures(joined, claim))
-        columns = ("claim", "claimed", *heads, "answer")
-        blocks.append(Table("Claims", columns, rows, cells.commands(lines), form="stack"))
-        how = tuple((Cell(c.statement), Cell(c.compares), Cell(c.method)) for c in known.claims)
-        blocks.append(
-            Table(
-                "How each claim is answered", ("claim", "compared", "method"), how, form="stack", folded=True
-            )
-        )
+        commands = cells.commands(lines)
+        for status in STATUSES:
+            of = [claim for claim in known.claims if claim.status == status]
+            blocks.append(_brief(joined, f"Claims {status}", of, commands, folded=all(c.needs for c in of)))
+        details = tuple(row for claim in known.claims for row in _details(joined, claim))
+        columns = ("claim", "said", "compared", "method", *_found_heads(joined), "row")
+        blocks.append(Table("Claims in full: words, source, method, keys", columns, details, commands, form="stack",
+                            folded=True))  # fmt: skip
     rest = joined.take("claims/", without=(EXPERT_PARALLEL,))
     if rest:
-        blocks.append(cells.by_record("Other rows of the suite", joined, rest, cells.plain))
+        blocks.append(cells.by_record("Other rows of the suite", joined, rest, cells.plain, folded=True))
     return Section("claims", "What was claimed, and what was found", tuple(blocks), nav="Claims")
 
 
-def _figures(joined: Joined, claim: Claim) -> list[tuple[Cell, ...]]:
-    """One row for each figure of a claim; the first says the claim."""
+def _brief(
+    joined: Joined, caption: str, of: Sequence[Claim], commands: tuple[str, ...], folded: bool
+) -> Table:
+    """A line for each figure: what, claimed, found; the reason only where a figure is not as claimed."""
+    rows = tuple(
+        (
+            Cell(figure.what),
+            Cell(_claimed(figure)),
+            *(_short(_found(joined, at, figure)) for at in joined.labels),
+        )
+        for claim in of
+        for figure in claim.figures
+    )
+    return Table(
+        caption, ("figure", "claimed", *_found_heads(joined)), rows, commands, form="brief", folded=folded
+    )
+
+
+def _short(cell: Cell) -> Cell:
+    return cell if cell.tone == "bad" else replace(cell, note="for information" if cell.tone == "" else "")
+
+
+def _found_heads(joined: Joined) -> list[str]:
+    return [head if head == "found" else f"found, {head}" for head in cells.headings(joined)]
+
+
+def _details(joined: Joined, claim: Claim) -> list[tuple[Cell, ...]]:
+    """One row for each figure of a claim, the first with all that is to say of the claim."""
     where = ", ".join(part for part in (claim.source.document, claim.source.section) if part)
     found = []
     for at, figure in enumerate(claim.figures):
-        said = Cell(figure.what, note="the same claim")
-        if at == 0:
-            said = Cell(claim.statement, note=f"{figure.what}; {where}", link=claim.source.url)
-        status = Cell(
-            claim.status,
-            "mute" if claim.needs else "",
-            f"{figure.key}; needs {claim.needs}" if claim.needs and at == 0 else figure.key,
-        )
         here = [_found(joined, label, figure) for label in joined.labels]
-        found.append((said, Cell(_claimed(figure), numeric=True), *here, status))
+        about = ("", "", "")
+        if at == 0:
+            about = (claim.statement, claim.compares, claim.method)
+        said = Cell(about[0], note=where if at == 0 else "", link=claim.source.url if at == 0 else "")
+        note = f"needs {claim.needs}" if claim.needs and at == 0 else ""
+        found.append((Cell(f"{figure.what}: {_claimed(figure)}"), said, Cell(about[1]), Cell(about[2]), *here,
+                      Cell(f"{figure.key}, {claim.status}", note=note)))  # fmt: skip
     return found
 
 
 def _claimed(figure: Figure) -> str:
     if isinstance(figure.claimed, tuple):
-        return f"{_quantity(figure.claimed[0], figure.unit)} to {_quantity(figure.claimed[1], figure.unit)}"
+        low, high = (_quantity(end, figure.unit) for end in figure.claimed)
+        number, _, unit = low.partition(" ")
+        return f"{number} to {high}" if unit and high.endswith(f" {unit}") else f"{low} to {high}"
     return _quantity(figure.claimed, figure.unit)
 
 
@@ -137,7 +164,7 @@ def cited() -> Section | None:
     )  # fmt: skip
     columns = ("engine", "hardware", "model", "setting", "published", "source")
     lead = "Published by others, not measured by us, and not reproduced here. Nothing on this page is a ratio to any of them."
-    table = Table("Published by others, not measured by us", columns, rows, form="stack")
+    table = Table("Published speeds with their sources", columns, rows, form="stack", folded=True)
     return Section(
         "cited", "Published by others, not measured by us", (table,), lead, True, "Published by others"
     )

@@ -46,7 +46,8 @@ class Table:
     """A table; the first cell of a row is its header.
 
     Attributes:
-        form: `wide` scrolls in its own box, `stack` becomes cards on a narrow screen, `heat` is a map of tones.
+        form: `wide` scrolls in its own box, `stack` becomes cards on a narrow screen, `brief` has a line for each row even
+            there, `heat` is a map of tones.
         folded: shown on demand, for long lists. commands: what reproduces it.
     """
 
@@ -55,12 +56,26 @@ class Table:
     rows: tuple[tuple[Cell, ...], ...]
     commands: tuple[str, ...] = ()
     note: str = ""
-    form: Literal["wide", "stack", "heat"] = "wide"
+    form: Literal["wide", "stack", "brief", "heat"] = "wide"
     folded: bool = False
 
     def is_numeric(self, column: int) -> bool:
         """Whether a column holds numbers, and stands to the right."""
         return column > 0 and any(row[column].numeric for row in self.rows if column < len(row))
+
+    @property
+    def bad(self) -> int:
+        """Rows with something wrong in them."""
+        return sum(any(cell.tone == "bad" for cell in row) for row in self.rows)
+
+    @property
+    def contents(self) -> str:
+        """What a reader finds in it, before it is unfolded."""
+        count = f"{len(self.rows):,} {'row' if len(self.rows) == 1 else 'rows'}"
+        if self.bad:
+            return f"{count}, {SIGNS['bad']} {self.bad}"
+        good = sum(any(cell.tone in ("good", "near") for cell in row) for row in self.rows)
+        return f"{count}, all {SIGNS['good']}" if good and good == len(self.rows) else count
 
 
 @dataclass(frozen=True)

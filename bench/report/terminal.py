@@ -40,11 +40,15 @@ def render(page: Page, out: IO[str] | None = None, whole: bool = False) -> None:
         blocks = [
             block for block in section.blocks if whole or not (isinstance(block, Table) and block.folded)
         ]
-        if blocks and (whole or not section.foreign):
+        if whole or not section.foreign:
             console.print()
             console.print(section.title, style="bold")
             for block in blocks:
                 _block(console, block, whole)
+            hidden = [b for b in section.blocks if b not in blocks and isinstance(b, Table)]
+            if hidden:
+                told = "; ".join(f"{table.caption} ({table.contents})" for table in hidden)
+                console.print(f"with --all: {told}", style="dim", soft_wrap=True)
 
 
 def _block(console: object, block: Block, whole: bool) -> None:
@@ -66,13 +70,27 @@ def _block(console: object, block: Block, whole: bool) -> None:
         drawn.add_column(Styled(column), justify="right" if right else "left", overflow="fold")
     shown = block.rows if whole else block.rows[:_MOST_ROWS]
     for row in shown:
-        drawn.add_row(*(Styled(_cut(cell.plain, whole), style=_STYLES[cell.tone]) for cell in row))
+        # below the subject stands its key, which only a look at everything needs
+        words = [
+            cell.plain if at or whole or not _is_key(cell.note) else f"{cell.sign} {cell.text}".strip()
+            for at, cell in enumerate(row)
+        ]
+        drawn.add_row(
+            *(
+                Styled(_cut(said, whole), style=_STYLES[cell.tone])
+                for said, cell in zip(words, row, strict=True)
+            )
+        )
     console.print(drawn)
     if len(shown) < len(block.rows):
         console.print(f"and {len(block.rows) - len(shown)} more; --all shows them", style="dim")
     if block.commands:
         more = f"   (and {len(block.commands) - 1} more in the page)" if len(block.commands) > 1 else ""
         console.print(f"$ {block.commands[0]}{more}", style="dim", soft_wrap=True)
+
+
+def _is_key(note: str) -> bool:
+    return "/" in note and " " not in note
 
 
 def _cut(words: str, whole: bool) -> str:

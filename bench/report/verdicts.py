@@ -11,6 +11,7 @@ from v4sdk_bench.report import charts
 from v4sdk_bench.report.compare import NOISE_LIMIT, withheld
 from v4sdk_bench.report.identity import EVIDENCE
 from v4sdk_bench.report.numbers import finite, show
+from v4sdk_bench.report.outside import read_ledger
 from v4sdk_bench.report.page import Text, Tone, Verdict
 from v4sdk_bench.report.peers import PREFIX as PEERS
 from v4sdk_bench.report.sources import Source
@@ -29,6 +30,8 @@ def verdict(source: Source) -> Verdict:
         *_whole(record),
         *_failures(record),
         *_fastest(source),
+        *_peers(source),
+        *_claims(record),
         *_noise(source),
         *_unrun(record),
         *_evidence(record),
@@ -130,6 +133,34 @@ def _fastest(source: Source) -> Iterator[Text]:
             for n, row in (rows[0], rows[-1])
         ]
         yield Text(f"Time per output token of {model}: {', '.join(dict.fromkeys(said))}")
+
+
+def _peers(source: Source) -> Iterator[Text]:
+    """Decoding beside each other engine at the deepest context that was timed; none that computes another model."""
+    deepest: dict[tuple[str, str], Row] = {}
+    for row in source.record.under(PEERS):
+        parts = row.key.split("/")
+        if len(parts) == 7 and parts[3] == "ratio" and parts[5] == "decode" and row.values.get("verdict"):
+            deepest[parts[2], parts[4]] = row
+    for (model, engine), row in deepest.items():
+        both = [r for name in (engine, "v4sdk") for r in source.record.under(f"{PEERS}{model}/{name}/")]
+        if withheld(source, row) is None and all(r.state != "failed" for r in both):
+            yield Text(
+                f"Decoding {model} after {row.key.rpartition('/')[2]} tokens, beside {engine}: {row.values['verdict']}"
+            )
+
+
+def _claims(record: Record) -> Iterator[Text]:
+    """How many figures of the ledger were found as claimed."""
+    known, _ = read_ledger()
+    if known is None or not record.under("claims/"):
+        return
+    rows = [row for claim in known.claims for key in claim.keys if (row := record.row(key)) is not None]
+    count = {state: sum(row.state == state for row in rows) for state in ("ok", "failed", "info", "not run")}
+    said = [f"{count['ok']} of {count['ok'] + count['failed']} figures found as claimed"]
+    said += [f"{count['info']} for information"] * bool(count["info"])
+    said += [f"{count['not run']} not run"] * bool(count["not run"])
+    yield Text(f"Published claims: {', '.join(said)}", "warn" if count["failed"] else "")
 
 
 def _noise(source: Source) -> Iterator[Text]:
