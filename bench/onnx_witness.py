@@ -124,6 +124,8 @@ def compare(path: Path, part: Part, found: Mapping[str, Tensor]) -> Compared:
 
 def run(bench: Bench) -> Iterator[Row]:
     """Compare the prefill, one block of every kind, and the same blocks with drawn weights."""
+    if not bench.wants(_PREFIX):
+        return
     try:
         if bench.left() <= 0:
             raise BenchError("the stage's time is up", hint="give it more, without --quick")

@@ -457,6 +457,19 @@ def test_goldens_become_rows(tmp_path: Path, golden: Path) -> None:
     assert {row.state for row in rows} == {"ok"}
 
 
+@pytest.mark.parametrize("stage", [s.name for s in parity.STAGES])
+def test_a_stage_does_nothing_for_rows_it_does_not_have(
+    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        Session, "load", lambda *args, **options: pytest.fail("a model was loaded for nothing")
+    )
+    bench = bench_of(
+        plugins.select("cpu"), tmp_path, only=("parity/no-such-row",), golden=Path("tests/golden")
+    )
+    assert not run(bench, stage).rows
+
+
 def test_a_stage_without_time_says_what_it_left_out(tmp_path: Path) -> None:
     bench = bench_of(Planted(), tmp_path, deadline=0.0)
     assert {row.state for row in run(bench, "parity/layer").rows} == {"not run"}

@@ -24,6 +24,8 @@ _SAME_CHOICES_FAST = 0.9
 
 def layer(bench: Bench) -> Iterator[Row]:
     """Every layer on the reference's own input streams, in every numerics option."""
+    if not bench.wants("parity/layer"):
+        return
     for numerics in NUMERICS:
         late = late_row(bench, f"parity/layer/{numerics}", f"layers in {numerics}")
         if late:
