@@ -84,7 +84,8 @@ def run(
 ) -> int:  # fmt: skip
     """Measure this machine and write one JSON record.
 
-    Ctrl-C keeps what is done; the same command goes on from there. Exit code 1 if a row failed or a stage broke.
+    Ctrl-C keeps what is done; the same command goes on from there, and tries again what broke. Exit code 1 if a row failed or
+    a stage broke.
     """
     from v4sdk import plugins
     from v4sdk_bench import run as runner

@@ -10,8 +10,8 @@ from pathlib import Path
 from v4sdk.backend import Backend
 from v4sdk.config import ModelConfig
 from v4sdk.kv_cache import KVCache, kv_bytes
-from v4sdk.memory import free_memory
 from v4sdk.numerics import KVFormat
+from v4sdk_bench.ceilings import free_bytes
 
 # more than this share of what is free would take memory from whatever else runs
 _SHARE_OF_FREE = 0.5
@@ -60,11 +60,8 @@ def allocate(config: ModelConfig, num_tokens: int, backend: Backend, fmt: KVForm
 
 
 def fits(config: ModelConfig, num_tokens: int, backend: Backend, fmt: KVFormat = "native") -> bool:
-    """Whether the device has ample room for the cache of one sequence."""
-    memory = backend.memory()
-    host = free_memory() if memory is None else None
-    free = memory.free_bytes if memory is not None else host.nbytes if host is not None else 0
-    return kv_bytes(config, num_tokens, fmt) <= _SHARE_OF_FREE * free
+    """Whether the device is known to have ample room for the cache of one sequence."""
+    return kv_bytes(config, num_tokens, fmt) <= _SHARE_OF_FREE * (free_bytes(backend) or 0)
 
 
 def _used_bytes(backend: Backend) -> int | None:

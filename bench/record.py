@@ -128,13 +128,14 @@ class Record:
     """Everything one run found.
 
     Attributes:
-        started, finished: UTC, ISO 8601. status: `interrupted` and `running` files can be resumed.
+        started, finished: UTC, ISO 8601. status: `interrupted` and `running` files can be resumed,
+            and `complete` ones in which a stage broke.
         command: as it was typed. options: what the run chose; resuming requires the same.
         machine: processor, cores, threads, memory, load. software: versions. device: what
             `Backend.identity` says of an accelerator.
         models: name to fingerprint and sizes of every model that was measured.
         ceilings: what this machine can do, measured in this run (`bench/ceilings.py`).
-        stages: stage to state (`done`, `skipped`, `broken`), seconds, budget and note.
+        stages: stage to state (`done`, `interrupted`, `broken`), seconds, budget and note.
         rows: the results.
     """
 
