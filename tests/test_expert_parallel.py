@@ -19,15 +19,18 @@ from typing import Any
 
 import pytest
 import torch
+from forked import Forked, Nursery
 from torch import Tensor
 
+from v4sdk import loading
 from v4sdk.backend import EngineConfig, bind
+from v4sdk.checkpoint import Checkpoint
 from v4sdk.config import ModelConfig
 from v4sdk.errors import ConfigError, RankLost, V4Error
 from v4sdk.expert_parallel import Team, launch
-from v4sdk.expert_parallel.channel import Channel, Closed
+from v4sdk.expert_parallel.channel import Channel, Closed, Listener, call
 from v4sdk.expert_parallel.exchange import Exchange, expert_bounds, split
-from v4sdk.expert_parallel.experts import Bound, shard
+from v4sdk.expert_parallel.experts import Bound, drive, shard
 from v4sdk.loading import LoadOptions, open_model
 from v4sdk.numerics import EXACT, REFERENCE, Numerics
 from v4sdk.ops import routed_experts
@@ -275,7 +278,7 @@ def test_more_ranks_than_experts_are_refused(chat_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "timeout_s"), [("rounds", 1.0), ("waves", 0.0), ("waves", float("nan"))]
+    ("schedule", "timeout_s"), [("rounds", 1.0), ("waves", 0.0), ("waves", float("nan")), ("waves", 1e300)]
 )
 def test_join_refuses_what_it_cannot_do(
     schedule: Any, timeout_s: float, monkeypatch: pytest.MonkeyPatch
@@ -308,6 +311,85 @@ def test_a_channel_keeps_messages_apart_and_notices_the_end() -> None:
     with pytest.raises(Closed):
         far.receive(1)
     far.close()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"[" * 3000 + b"\n",
+        b"\xff\xfe\n",
+        b"null\n",
+        b"[1]\n",
+        b'{"rank": 1}\n',
+        b'{"rank": 1, "token": "guess"}\n',
+        b'{"rank": 1, "token": "\xc3\xa9"}\n',
+        b'{"rank": "x", "token": null}\n',
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"x" * (1 << 22),
+        b"",
+    ],
+    ids=lambda said: repr(said[:12]),
+)
+def test_a_stranger_is_turned_away_and_a_rank_is_let_in(said: bytes) -> None:
+    listener = Listener("127.0.0.1")
+    with socket.create_connection(listener.address) as stranger:
+        stranger.setblocking(False)
+        with suppress(BlockingIOError):
+            stranger.send(said)
+        if not said:
+            stranger.close()
+        start = time.monotonic()
+        assert listener.accept(SECONDS) is None
+        assert time.monotonic() - start < 4
+        rank = call(*listener.address, listener.token, 1, SECONDS)
+        found = listener.accept(SECONDS)
+    assert found is not None
+    assert found[0] == 1
+    for channel in (rank, found[1]):
+        channel.close()
+    listener.close()
+
+
+def test_rank_0_is_reached_only_at_the_address_it_was_given() -> None:
+    listener = Listener("127.0.0.1")
+    assert listener.address[0] == "127.0.0.1"
+    with pytest.raises(Closed):
+        call("127.0.0.2", listener.address[1], listener.token, 1, 1.0)
+    listener.close()
+
+
+def test_a_rank_that_closes_without_serving_is_named() -> None:
+    near, far = _pair()
+    team, other = Team(0, 2, "waves", 1.0, None, {1: near}), Team(1, 2, "waves", 1.0, None, {0: far})
+    # as if the program of rank 1 had forgotten Session.serve
+    threading.Thread(target=other.close).start()
+    with pytest.raises(RankLost, match="rank 1 of 2 was lost at loading: it has closed"):
+        drive(team, {}, torch.device("cpu"))
+    team.close()
+
+
+def test_a_rank_that_loads_instead_of_serving_tells_the_driver() -> None:
+    from v4sdk import Session
+
+    near, far = _pair()
+    team, other = Team(0, 2, "waves", 1.0, None, {1: near}), Team(1, 2, "waves", 1.0, None, {0: far})
+    with pytest.raises(ConfigError, match="only rank 0 does"):
+        Session.load(ep=other)
+    with pytest.raises(RankLost, match="rank 1 of 2 was lost at loading: rank 1 of 2 cannot load a session"):
+        team.hear(1)
+    team.close()
+
+
+def test_the_memory_plan_counts_the_experts_of_all_ranks_on_this_machine(
+    chat_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    team, held = Team(0, 4, "waves", 1.0, None, {}), []
+    with Checkpoint(chat_folder) as checkpoint:
+        for here in ("1", "2", "4", "8", ""):
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+            held.append(loading._held_bytes(checkpoint, team, select("cpu")))
+        assert held[2] == held[3] == checkpoint.nbytes
+    assert held[0] == held[4] < held[1] < held[2]
 
 
 def test_the_driver_names_the_lost_rank_and_tells_the_others() -> None:
@@ -364,7 +446,7 @@ def test_nothing_is_exchanged_after_an_interruption() -> None:
 class Rank:
     """One process of a run."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
     out: Path
     err: Path
 
@@ -376,40 +458,67 @@ class Rank:
 class Launcher:
     """Starts ranks as a launcher does, and leaves none behind."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._all = folder, list[Rank]()
+    def __init__(self, folder: Path, nursery: Nursery) -> None:
+        self._folder, self._nursery, self._all = folder, nursery, list[Rank]()
 
-    def start(self, *command: str, **variables: str) -> Rank:
-        at = len(self._all)
-        out, err = self._folder / f"{at}.out", self._folder / f"{at}.err"
-        environ = {
-            k: v
-            for k, v in os.environ.items()
-            if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        }
-        environ |= {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", **variables}
+    def start(self, script: str, *arguments: str, **variables: str) -> Rank:
+        """A process that was forked with everything imported; without a script, the command `v4sdk`."""
+        out, err, status = (self._folder / f"{len(self._all)}.{kind}" for kind in ("out", "err", "status"))
+        argv = ["v4sdk", *arguments]
+        process = self._nursery.start(script, argv, _environ(variables), out, err, status)
+        return self._known(Rank(process, out, err))
+
+    def afresh(self, *command: str) -> Rank:
+        """A process as a shell starts it."""
+        out, err = (self._folder / f"{len(self._all)}.{kind}" for kind in ("out", "err"))
         with out.open("wb") as o, err.open("wb") as e:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=o, stderr=e, env=environ, start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=o,
+                stderr=e,
+                env=_environ({}),
+                start_new_session=True,
             )
-        self._all.append(Rank(process, out, err))
-        return self._all[-1]
+        return self._known(Rank(process, out, err))
 
-    def ranks(self, count: int, *command: str) -> list[Rank]:
+    def ranks(self, count: int, script: str, *arguments: str) -> list[Rank]:
         where = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        return [self.start(*command, RANK=str(rank), **where) for rank in range(count)]
+        return [self.start(script, *arguments, RANK=str(rank), **where) for rank in range(count)]
+
+    def run(self, count: int, *arguments: str) -> list[Rank]:
+        """The ranks of the real command."""
+        return self.ranks(count, "", "run", "--ep", str(count), *arguments)
+
+    def _known(self, rank: Rank) -> Rank:
+        self._all.append(rank)
+        return rank
 
     def close(self) -> None:
         for rank in self._all:
-            # a session of its own: what it started goes with it
-            with suppress(ProcessLookupError):
-                os.killpg(rank.process.pid, signal.SIGKILL)
-            rank.process.wait()
+            if rank.process.poll() is None:
+                # a session of its own: what it started goes with it
+                with suppress(ProcessLookupError):
+                    os.killpg(rank.process.pid, signal.SIGKILL)
+                rank.process.wait(SECONDS)
+
+
+def _environ(variables: dict[str, str]) -> dict[str, str]:
+    launchers = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    inherited = {k: v for k, v in os.environ.items() if k not in launchers}
+    return inherited | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", **variables}
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    made = Nursery()
+    yield made
+    made.close()
 
 
 @pytest.fixture
-def launcher(tmp_path: Path) -> Iterator[Launcher]:
-    made = Launcher(tmp_path)
+def launcher(tmp_path: Path, nursery: Nursery) -> Iterator[Launcher]:
+    made = Launcher(tmp_path, nursery)
     yield made
     made.close()
 
@@ -440,14 +549,22 @@ def _config() -> ModelConfig:
     return replace(TINY, num_hidden_layers=4)
 
 
-# Runs on every rank: prefill, decode, a batch and a saved state of each model, for each schedule, one after the other.
+# Runs on every rank: prefill, decode, a batch and a saved state of each model, for each schedule, one after the other; then a
+# rank must hold no more sockets, threads and mapped files than before.
 _SCRIPT = """
-import hashlib, json, sys
+import hashlib, json, os, sys, time
 import torch
 import v4sdk.expert_parallel.experts as experts
 from v4sdk import SamplingParams, Session
 from v4sdk.expert_parallel import Team
 
+def held():
+    files = [os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{n}")]
+    sockets = sum(f.startswith("socket:") for f in files)
+    mapped = sum(".safetensors" in line for line in open("/proc/self/maps"))
+    return sockets, len(os.listdir("/proc/self/task")), mapped
+
+before = held()
 processes, out, *folders = int(sys.argv[1]), sys.argv[2], *sys.argv[3:]
 # so that decode steps, too, go in waves
 experts._ROWS_PER_WAVE = 1
@@ -472,9 +589,14 @@ for schedule in ("sequential", "waves"):
                     "logprobs": [[(t.logprob.hex(), t.top) for t in r.logprobs] for r in [one, *many]],
                     "state": hashlib.sha256(open(out + ".state", "rb").read()).hexdigest(),
                 }
-if not found:
-    sys.exit(0)
-json.dump(found, open(out, "w"))
+until = time.monotonic() + 10
+while held() != before and time.monotonic() < until:
+    time.sleep(0.01)
+if held() != before:
+    sys.exit(f"sockets, threads, maps: {before} before, {held()} after")
+if found:
+    with open(out, "w") as file:
+        json.dump(found, file)
 """
 
 
@@ -485,25 +607,25 @@ def folders(uneven_folder: Path, golden: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def single(tmp_path_factory: pytest.TempPathFactory, folders: dict[str, str]) -> dict[str, Any]:
+def single(
+    tmp_path_factory: pytest.TempPathFactory, folders: dict[str, str], nursery: Nursery
+) -> dict[str, Any]:
     """What one process gives."""
-    out = tmp_path_factory.mktemp("single") / "found.json"
-    command = [sys.executable, "-c", _SCRIPT, "1", str(out), *folders.values()]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    folder = tmp_path_factory.mktemp("single")
+    out = folder / "found.json"
+    assert Launcher(folder, nursery).start(_SCRIPT, "1", str(out), *folders.values()).ended() == (0, "", "")
     found: dict[str, Any] = json.loads(out.read_text())
     return found
 
 
-@pytest.mark.parametrize(
-    ("processes", "models"), [(2, ("uneven", "tiny-quant", "nano")), (4, ("uneven", "nano"))]
-)
+@pytest.mark.parametrize(("processes", "models"), [(2, ("nano", "tiny-quant", "uneven")), (4, ("uneven",))])
 def test_prefill_decode_batches_and_states_are_bit_equal_to_one_process(
     processes: int, models: tuple[str, ...], single: dict[str, Any], launcher: Launcher, folders: dict[str, str],
     tmp_path: Path,
 ) -> None:  # fmt: skip
     out = tmp_path / "found.json"
     asked = [folders[name] for name in models]
-    for rank in launcher.ranks(processes, sys.executable, "-c", _SCRIPT, str(processes), str(out), *asked):
+    for rank in launcher.ranks(processes, _SCRIPT, str(processes), str(out), *asked):
         assert rank.ended() == (0, "", "")
     found = json.loads(out.read_text())
     assert len(found) == 2 * len(models)
@@ -518,36 +640,37 @@ def busy(tmp_path: Path) -> tuple[str, ...]:
     return ("--prompts", str(requests))
 
 
-def _run(count: int, *arguments: str) -> tuple[str, ...]:
-    return (sys.executable, "-m", "v4sdk", "run", "--ep", str(count), *arguments)
-
-
 def _is_answering(rank: Rank) -> bool:
     return "632" in rank.out.read_text()
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(("victim", "told"), [(0, False), (1, False), (1, True)])
 def test_a_killed_rank_ends_all_others_with_the_same_error(
-    victim: int, launcher: Launcher, busy: tuple[str, ...]
+    victim: int, told: bool, launcher: Launcher, busy: tuple[str, ...]
 ) -> None:
-    count = 3 if victim else 2
-    ranks = launcher.ranks(count, *_run(count, *busy))
+    count = 3 if victim and not told else 2
+    ranks = launcher.run(count, *busy)
     until(lambda: _is_answering(ranks[0]))
     ranks[victim].process.kill()
+    if told:
+        # as a launcher does that has seen it
+        for rank in ranks:
+            if rank is not ranks[victim] and rank.process.poll() is None:
+                rank.process.send_signal(signal.SIGTERM)
     start = time.monotonic()
     others = [rank.ended(20) for rank in ranks if rank is not ranks[victim]]
     assert time.monotonic() - start < 15
     for status, _, err in others:
         assert status == 1
         assert "Traceback" not in err
-        expected = "rank 1 of 3 was lost at layer" if victim else "rank 0 of 2, the driver, was lost"
+        expected = f"rank 1 of {count} was lost at layer" if victim else "rank 0 of 2, the driver, was lost"
         assert f"error: {expected}" in err
         assert "hint: start all processes again" in err
     assert all(out == "" for _, out, _ in others[0 if victim == 0 else 1 :])
 
 
 def test_ctrl_c_ends_all_quietly(launcher: Launcher, busy: tuple[str, ...]) -> None:
-    ranks = launcher.ranks(2, *_run(2, *busy))
+    ranks = launcher.run(2, *busy)
     until(lambda: _is_answering(ranks[0]))
     for rank in ranks:
         rank.process.send_signal(signal.SIGINT)
@@ -560,10 +683,7 @@ def test_ctrl_c_ends_all_quietly(launcher: Launcher, busy: tuple[str, ...]) -> N
 
 def test_a_mistake_of_the_user_is_told_once(launcher: Launcher, tmp_path: Path) -> None:
     absent = str(tmp_path / "absent")
-    driver, other = (
-        rank.ended()
-        for rank in launcher.ranks(2, sys.executable, *f"-m v4sdk run --ep 2 --model {absent} x".split())
-    )
+    driver, other = (rank.ended() for rank in launcher.run(2, "--model", absent, "x"))
     assert driver[0] == 1
     assert "error: folder" in driver[2]
     assert other == (0, "", "")
@@ -580,7 +700,7 @@ def _torchrun(launcher: Launcher, *arguments: str) -> Rank:
         str(free_port()),
     )
     v4sdk = str(Path(sys.executable).parent / "v4sdk")
-    return launcher.start(*torchrun, "--no-python", v4sdk, "run", "--ep", "2", *arguments)
+    return launcher.afresh(*torchrun, "--no-python", v4sdk, "run", "--ep", "2", *arguments)
 
 
 def test_the_real_command_answers_once(launcher: Launcher) -> None:
@@ -590,6 +710,7 @@ def test_the_real_command_answers_once(launcher: Launcher) -> None:
     assert err.count("note: this is v4-nano") == 1
 
 
+@pytest.mark.slow
 def test_under_torchrun_a_killed_rank_is_named(launcher: Launcher, busy: tuple[str, ...]) -> None:
     import psutil
 

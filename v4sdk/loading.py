@@ -23,6 +23,7 @@ from v4sdk.errors import CheckpointError, ConfigError, SamplingError
 from v4sdk.expert_parallel import Team
 from v4sdk.expert_parallel.exchange import expert_bounds
 from v4sdk.expert_parallel.experts import Bound, DistributedExperts, Share, drive, serve, shard, unrecorded
+from v4sdk.expert_parallel.team import ranks_here
 from v4sdk.kv_cache import KVCache
 from v4sdk.memory import FreeMemory, check_growth, free_memory, plan_memory
 from v4sdk.model import Binder, V4Model
@@ -165,7 +166,14 @@ def open_model(model: str | Path | None, options: LoadOptions, on_progress: OnPr
                 backend.name,
                 names,
             )
-        _plan(checkpoint, _held_bytes(checkpoint, team), backend, fmt, options.context_limit, on_progress)
+        _plan(
+            checkpoint,
+            _held_bytes(checkpoint, team, backend),
+            backend,
+            fmt,
+            options.context_limit,
+            on_progress,
+        )
         if team:
             # what every rank would refuse alike has been refused here, once
             team.tell({"do": "load"})
@@ -200,7 +208,10 @@ def serve_experts(model: str | Path | None, options: LoadOptions, on_progress: O
     """
     team = options.team
     assert team is not None
-    serve(team, lambda: _open_share(model, options, team, on_progress))
+    try:
+        serve(team, lambda: _open_share(model, options, team, on_progress))
+    finally:
+        collect()
 
 
 def _open_share(model: str | Path | None, options: LoadOptions, team: Team, on_progress: OnProgress) -> Share:
@@ -238,12 +249,14 @@ def _facts(checkpoint: Checkpoint, chosen: Numerics, backend: Backend) -> Mappin
     }
 
 
-def _held_bytes(checkpoint: Checkpoint, team: Team | None) -> int:
-    """Bytes of the tensors this process will use: all, less the experts of other ranks."""
+def _held_bytes(checkpoint: Checkpoint, team: Team | None, backend: Backend) -> int:
+    """Bytes of the tensors to be used where this process runs: all, less the experts of ranks that have their own memory."""
     if team is None:
         return checkpoint.nbytes
     bounds = expert_bounds(checkpoint.config.n_routed_experts, team.processes)
-    mine = range(bounds[team.rank], bounds[team.rank + 1])
+    # the host's memory is shared by all ranks on it, and those of a launcher are neighbours
+    together = ranks_here() if backend.device.type == "cpu" else 1
+    mine = range(bounds[team.rank], bounds[min(team.rank + together, team.processes)])
     return sum(
         tensor.end - tensor.begin
         for name, tensor in checkpoint.headers.tensors.items()

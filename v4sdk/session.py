@@ -111,10 +111,9 @@ class Session:
         """
         team = _team(ep)
         if team and not team.is_driver:
-            raise ConfigError(
-                f"rank {team.rank} of {team.processes} cannot load a session, only rank 0 does",
-                hint="call Session.serve(...) there, with the same model and options",
-            )
+            what = f"rank {team.rank} of {team.processes} cannot load a session, only rank 0 does"
+            team.close(what)
+            raise ConfigError(what, hint="call Session.serve(...) there, with the same model and options")
         options = loading.LoadOptions(
             backend, numerics, kv_format, revision, strict, dialect, context_limit, team
         )
@@ -144,6 +143,8 @@ class Session:
         """
         team = _team(ep)
         if team is None or team.is_driver:
+            if team:
+                team.close()
             raise ConfigError("rank 0 cannot serve, it drives", hint="call Session.load(...) there")
         options = loading.LoadOptions(backend, numerics, None, revision, team=team)
         loading.serve_experts(model, options, on_progress or silent)

@@ -175,8 +175,9 @@ def serve(team: Team, open_share: Callable[[], Share]) -> None:
     try:
         team.hear()
         _serve(team, open_share())
-    except Dismissed:
-        pass
+    except Dismissed as done:
+        # the team keeps it, and its frames would keep this share
+        done.__traceback__ = None
     except V4Error as exc:
         team.close(exc.message)
         raise

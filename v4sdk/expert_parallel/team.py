@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Schedule = Literal["sequential", "waves"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 TIMEOUT_S = 60.0
+_LONGEST_S = 7 * 24 * 3600.0
 # every process has to start and import torch
 _JOIN_S = 120.0
 _PAUSE_S = 0.02
@@ -58,6 +59,12 @@ def launch(processes: int, environ: Mapping[str, str] = os.environ) -> int:
     return int(rank)
 
 
+def ranks_here(environ: Mapping[str, str] = os.environ) -> int:
+    """How many ranks, this one included, the launcher started on this machine; 1 if it does not say."""
+    found = environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(found)) if found.isdecimal() else 1
+
+
 class Team:
     """This process's place among the ranks. Make one with `Team.join`, close it or use it in a `with` block.
 
@@ -91,9 +98,15 @@ class Team:
         """
         rank = launch(processes)
         if schedule not in SCHEDULES:
-            raise ConfigError(f"schedule `{schedule}` is unknown, expected one of {', '.join(SCHEDULES)}")
-        if not 0 < timeout_s < float("inf"):
-            raise ConfigError(f"the exchange timeout is {timeout_s} s, expected a positive number")
+            raise ConfigError(
+                f"schedule `{schedule}` is unknown, expected one of {', '.join(SCHEDULES)}",
+                hint="--ep-schedule waves, or leave it out",
+            )
+        if not 0 < timeout_s <= _LONGEST_S:
+            raise ConfigError(
+                f"the exchange timeout is {timeout_s} s, expected more than 0 and at most {_LONGEST_S:.0f}, a week",
+                hint="--ep-timeout 600 waits ten minutes",
+            )
         if processes == 1:
             return cls(0, 1, schedule, timeout_s, None, {})
         until = time.monotonic() + _JOIN_S
@@ -144,8 +157,9 @@ class Team:
         except Closed:
             raise self.failed() from None
         assert message is not None
-        if "failed" in message:
-            raise self.failed({rank: message["failed"]})
+        gone = _last_words(message)
+        if gone is not None:
+            raise self.failed({rank: gone})
         if message.get("do") in _ENDINGS:
             self._ending, self._error = True, _ending(message)
             raise self._error
@@ -207,9 +221,9 @@ class Team:
         while not ended and time.monotonic() < until:
             for rank, channel in self._channels.items():
                 try:
-                    message = channel.receive(0.02)
-                    if message and "failed" in message:
-                        ended[rank] = message["failed"]
+                    gone = _last_words(channel.receive(0.02) or {})
+                    if gone is not None:
+                        ended[rank] = gone
                 except Closed:
                     ended[rank] = "its process has ended"
         if ended:
@@ -289,6 +303,13 @@ class Dismissed(V4Error):
     """The driver has told this rank to stop; nothing is wrong."""
 
 
+def _last_words(message: Message) -> str | None:
+    """Why a rank that serves has gone, if that is what it says."""
+    if "failed" in message:
+        return str(message["failed"])
+    return "it has closed" if message.get("do") == "bye" else None
+
+
 def _ending(message: Message) -> V4Error:
     if message["do"] == "lost":
         return RankLost(message["message"], message["hint"])
@@ -340,6 +361,10 @@ def _gather(store: Store, processes: int, until: float) -> dict[int, Channel]:
             found = listener.accept(1.0)
             if found is not None:
                 channels[found[0]] = found[1]
+    except BaseException:
+        for channel in channels.values():
+            channel.close()
+        raise
     finally:
         listener.close()
     return channels
