@@ -121,11 +121,16 @@ def _beyond(part: LayerAgreement) -> bool:
 
 @dataclass(frozen=True)
 class Separation:
-    """How far roundings and mistakes lie apart in one measure: the largest of the former, the smallest of the latter."""
+    """How far roundings and mistakes lie apart in one measure: the largest of the former, the smallest of the latter.
+
+    Attributes:
+        mixed: mistakes that measure no more than some rounding, of the `mistakes` this measure can be asked about.
+    """
 
     largest_rounding: float
     smallest_mistake: float
     mixed: int
+    mistakes: int
 
     @property
     def gap(self) -> float:
@@ -137,7 +142,8 @@ def separation(pairs: Sequence[tuple[bool, float]]) -> Separation:
     """Of (wrong, measured) pairs; `mixed` counts mistakes that measure no more than some rounding."""
     harmless = max((value for wrong, value in pairs if not wrong), default=0.0)
     mistakes = [value for wrong, value in pairs if wrong]
-    return Separation(harmless, min(mistakes, default=float("inf")), sum(v <= harmless for v in mistakes))
+    mixed = sum(v <= harmless for v in mistakes)
+    return Separation(harmless, min(mistakes, default=float("inf")), mixed, len(mistakes))
 
 
 def separations(found: Sequence[Calibrated]) -> Iterator[tuple[str, Separation]]:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,8 +25,10 @@ from v4sdk_bench import agreement as ag
 from v4sdk_bench import calibration, evaluate, metrics, plants, sides
 from v4sdk_bench import same_tokens as rule
 from v4sdk_bench.compare_cli import compare
-from v4sdk_bench.record import Record
+from v4sdk_bench.op_cases import chosen
+from v4sdk_bench.record import SPEED_ENDINGS, Record
 from v4sdk_bench.stage import Bench, BenchError
+from v4sdk_bench.suites import ops as ops_suite
 from v4sdk_bench.suites import parity
 from v4sdk_bench.suites.parity_rows import judged_row
 
@@ -310,6 +313,11 @@ def test_a_planted_fault_turns_its_rows_red_and_leaves_no_speed(name: str, tmp_p
     assert failed
     assert bench.wrong(f"parity/op/{name}/") in failed
     assert "--only parity/op/" in failed[0].command
+    case = next(c for c in chosen(quick=True) if c.op.name == name)
+    nothing: Any = SimpleNamespace(left_out={}, wrong={}, timed={}, failures={}, seconds={})
+    (row,) = ops_suite._rows(bench, nothing, nothing, case, [])
+    assert (row.state, [v for v in row.values if v.endswith(SPEED_ENDINGS)]) == ("failed", [])
+    assert "parity is red" in row.note
 
 
 def test_right_kernels_leave_green_rows_with_their_numbers(tmp_path: Path) -> None:
@@ -391,6 +399,7 @@ def test_roundings_and_mistakes_fall_on_their_sides_of_the_verdict(subject: Any)
 
 def test_separation_counts_mistakes_that_look_like_roundings() -> None:
     found = calibration.separation([(False, 1.0), (False, 3.0), (True, 2.0), (True, 9.0)])
+    assert found.mistakes == 2
     assert (found.largest_rounding, found.smallest_mistake, found.mixed) == (3.0, 2.0, 1)
 
 

@@ -167,7 +167,7 @@ def _separation_rows(bench: Bench, found: list[calibration.Calibrated]) -> Itera
         key = f"parity/calibration/separation/{name.replace('_', '-')}"
         values: dict[str, Value] = {
             "largest_rounding": apart.largest_rounding, "smallest_mistake": apart.smallest_mistake,
-            "mistakes_among_roundings": apart.mixed, "mistakes": sum(c.plant.wrong for c in found),
+            "mistakes_among_roundings": apart.mixed, "mistakes": apart.mistakes,
         }  # fmt: skip
         # limits rest on these; the mean KL of anything to anything is told to show why it is not enough
         rests = name in ("exact_relative_l2", "same_roundings_mean_kl", "layer_relative_l2")
