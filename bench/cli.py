@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -94,7 +95,7 @@ def run(
         suites or tuple({prefix.partition("/")[0] for prefix in only} & set(_SUITES))
     )
     options = runner.Options(
-        chosen, backend, quick, model, seed, only, golden or _golden_here(), _peers(peers), threads
+        chosen, backend, quick, model, seed, only, _golden(golden), _peers(peers), threads
     )
     name = plugins.select(backend).name
     plan = runner.stages(options)
@@ -148,21 +149,45 @@ def _show_rows(record: Record) -> int:
             click.echo(f"  note: {row.note}")
     if not record.rows:
         click.echo(f"no row has a key that begins with {' or '.join(record.options['only'])}", err=True)
+        click.echo(
+            "hint: keys stand in a record, and in its report: v4sdk bench report RECORD --all", err=True
+        )
     return _verdict(record) or int(not record.rows)
 
 
-def _golden_here() -> Path | None:
-    found = Path("tests/golden")
-    return found if (found / "tiny-fp32").is_dir() else None
+def _golden(given: Path | None) -> Path | None:
+    """The folder that was named, or the repository's where that is the working folder."""
+    found = given or Path("tests/golden")
+    if (found / "tiny-fp32").is_dir():
+        return found
+    if given is None:
+        return None
+    raise click.BadParameter(
+        f"`{given}` holds no folder tiny-fp32, expected tests/golden of the repository", param_hint="--golden"
+    )
 
 
 def _peers(given: tuple[str, ...]) -> dict[str, str]:
-    found = {}
+    """Engine to interpreter; a name nobody knows, or a program that is not there, is said before anything is measured."""
+    found: dict[str, str] = {}
+    if not given:
+        return found
+    from v4sdk_bench.peers.lanes import ENGINES
+
+    known = [spec.name for spec in ENGINES]
     for text in given:
         engine, _, python = text.partition("=")
         if not python:
             raise click.BadParameter(
                 f"`{text}`, expected ENGINE=PYTHON, e.g. llama_cpp=venv/bin/python", param_hint="--peer"
+            )
+        if engine not in known:
+            raise click.BadParameter(
+                f"engine `{engine}` is unknown, expected one of {', '.join(known)}", param_hint="--peer"
+            )
+        if shutil.which(python) is None:
+            raise click.BadParameter(
+                f"`{python}` is no program, expected the Python that has {engine}", param_hint="--peer"
             )
         found[engine] = python
     return found

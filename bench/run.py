@@ -15,7 +15,7 @@ from v4sdk import plugins
 from v4sdk.backend import Backend
 from v4sdk.errors import BackendUnavailable, V4Error
 from v4sdk_bench.machine import hardware, software
-from v4sdk_bench.record import SUITES, NotSaved, Record, Row
+from v4sdk_bench.record import SUITES, BadRecord, NotSaved, Record, Row
 from v4sdk_bench.stage import Bench, BenchError, Stage, now
 
 DEFAULT_SUITES = ("parity", "ops", "model", "claims")
@@ -153,7 +153,10 @@ def _open(options: Options, backend: Backend, output: Path, command: str, restar
         raise BenchError(f"the folder of {output} does not exist", hint=f"mkdir -p {output.parent}")
     if restart or not output.exists():
         return fresh
-    old = Record.load(output)
+    try:
+        old = Record.load(output)
+    except BadRecord as exc:
+        raise BadRecord(exc.message, hint="give another --output, or --restart to replace it") from exc
     if old.status == "complete" and all(stage["state"] == "done" for stage in old.stages.values()):
         raise BenchError(
             f"{output} is a complete record of {old.started}",

@@ -114,8 +114,9 @@ def test_a_file_of_something_else_is_not_overwritten(tmp_path: Path, plant: Call
     plant(a=rows("parity/1"))
     precious = tmp_path / "r.json"
     precious.write_text('{"my": "data"}')
-    with pytest.raises(V4Error, match="is not a record"):
+    with pytest.raises(V4Error, match="is not a record") as caught:
         start(precious)
+    assert "--output" in str(caught.value.hint)
     assert precious.read_text() == '{"my": "data"}'
 
 
@@ -260,10 +261,26 @@ def test_a_failed_row_makes_the_exit_code_red(tmp_path: Path, plant: Callable[..
     assert "failed: parity/1: planted (off by one)" in result.output
 
 
-def test_bad_options_are_answered_in_words(tmp_path: Path) -> None:
-    result = CliRunner().invoke(cli.bench, ["run", "--peer", "nonsense"])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--peer", "nonsense"], "expected ENGINE=PYTHON"),
+        (["--peer", "lama=python"], "engine `lama` is unknown, expected one of transformers, llama_cpp"),
+        (["--peer", "llama_cpp=no/python"], "`no/python` is no program"),
+        (["--golden", "."], "`.` holds no folder tiny-fp32"),
+    ],
+)
+def test_bad_options_are_answered_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(cli.bench, ["run", *options])
     assert result.exit_code == 2
-    assert "expected ENGINE=PYTHON" in result.output
+    assert said in " ".join(result.output.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_in_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="does not exist"):
         start(tmp_path / "no" / "r.json")
 
