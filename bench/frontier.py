@@ -12,6 +12,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -269,28 +270,32 @@ def in_a_process(plan: Walk) -> Iterator[Loading | Frontier]:
         BenchError: with the child's last words, if it ends without finishing.
     """
     job = json.dumps({"plan": asdict(plan), "started": time.time()})
-    child = subprocess.Popen(
-        [sys.executable, "-m", _MODULE, "--job", job], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )  # fmt: skip
-    try:
-        assert child.stdout is not None
-        for line in child.stdout:
-            found = json.loads(line)
-            if "load_s" in found:
-                yield Loading(**found)
-            else:
-                named: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
-                yield Frontier(**named)
-        _, said = child.communicate()
-        if child.returncode:
-            last = said.strip().splitlines()[-1:] or ["it said nothing"]
-            raise BenchError(
-                f"the walk over the frontiers ended with code {child.returncode}: {last[0]}",
-                hint=f"python -m {_MODULE} --backend {plan.backend} shows the whole of it",
-            )
-    finally:
-        if child.poll() is None:
-            child.kill()
+    # not a pipe: nobody would empty it while the results are read, and a child that says much would stand still
+    with tempfile.TemporaryFile("w+", errors="replace") as said:
+        child = subprocess.Popen(
+            [sys.executable, "-m", _MODULE, "--job", job], stdout=subprocess.PIPE, stderr=said, text=True
+        )  # fmt: skip
+        try:
+            assert child.stdout is not None
+            for line in child.stdout:
+                found = json.loads(line)
+                if "load_s" in found:
+                    yield Loading(**found)
+                else:
+                    named: dict[str, Any] = {
+                        k: tuple(v) if isinstance(v, list) else v for k, v in found.items()
+                    }
+                    yield Frontier(**named)
+            if child.wait():
+                said.seek(0)
+                last = said.read().strip().splitlines()[-1:] or ["it said nothing"]
+                raise BenchError(
+                    f"the walk over the frontiers ended with code {child.returncode}: {last[0]}",
+                    hint=f"python -m {_MODULE} --backend {plan.backend} shows the whole of it",
+                )
+        finally:
+            if child.poll() is None:
+                child.kill()
             child.communicate()
 
 

@@ -318,6 +318,18 @@ def test_a_walk_that_fails_says_how_it_ended(monkeypatch: pytest.MonkeyPatch) ->
         list(frontier.in_a_process(frontier.Walk("cpu")))
 
 
+def test_a_walk_that_says_much_comes_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # a pipe holds 64 KiB
+    (tmp_path / "chatty.py").write_text(
+        "import json, sys\n"
+        "sys.stderr.write('a warning\\n' * 100_000)\n"
+        "print(json.dumps({'load_s': 1.0, 'start_s': 2.0, 'peak_bytes': 3}))\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(frontier, "_MODULE", "chatty")
+    assert list(frontier.in_a_process(frontier.Walk("cpu"))) == [frontier.Loading(1.0, 2.0, 3)]
+
+
 def test_made_up_rows_are_numbers_and_change_the_answer(session: Session) -> None:
     cache = KVCache(session.config, session.kv_format)
     model, answers = session.loaded.model, []
