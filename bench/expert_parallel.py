@@ -189,7 +189,13 @@ STAGE = Stage("claims/expert-parallel", stage, 45, 300)
 @click.command()
 @click.option("--processes", type=click.IntRange(2, 64), default=2, show_default=True)
 @click.option("--tokens", type=click.IntRange(1), default=TOKENS, show_default=True, help="Of each process.")
-@click.option("--seconds", type=float, default=20.0, show_default=True, help="For the rounds of each link.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0, 3600),
+    default=20.0,
+    show_default=True,
+    help="For the rounds of each link.",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--backend", default="cpu", show_default=True)
 def main(processes: int, tokens: int, seconds: float, seed: int, backend: str) -> None:
@@ -218,4 +224,6 @@ if __name__ == "__main__":
         main()
     except V4Error as error:
         click.echo(f"error: {error.message}", err=True)
+        if error.hint:
+            click.echo(f"hint: {error.hint}", err=True)
         sys.exit(1)

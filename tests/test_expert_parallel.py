@@ -570,7 +570,7 @@ processes, out, *folders = int(sys.argv[1]), sys.argv[2], *sys.argv[3:]
 experts._ROWS_PER_WAVE = 1
 found, ids = {}, [(7 * i) % 90 for i in range(40)]
 greedy = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True, logprobs=True, top_logprobs=3)
-for schedule in ("sequential", "waves"):
+for schedule in ("sequential", "waves") if processes > 1 else ("waves",):
     for folder in folders:
         model = None if folder == "nano" else folder
         with Team.join(processes, schedule) as team:
@@ -629,7 +629,7 @@ def test_prefill_decode_batches_and_states_are_bit_equal_to_one_process(
         assert rank.ended() == (0, "", "")
     found = json.loads(out.read_text())
     assert len(found) == 2 * len(models)
-    assert found == {key: single[key] for key in found}
+    assert found == {key: single[f"waves {key.split()[1]}"] for key in found}
 
 
 @pytest.fixture
