@@ -106,9 +106,7 @@ def run(
             output = (
                 Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="v4sdk-bench-"))) / "part.json"
             )
-        output = output or Path(
-            f"v4sdk-bench-{name}-{datetime.now():%Y-%m-%d}{'-quick' if quick else ''}.json"
-        )
+        output = output or _default_output(name, quick)
         _say_budgets(plan, quick)
         screen = Screen()
         try:
@@ -153,6 +151,21 @@ def _show_rows(record: Record) -> int:
             "hint: keys stand in a record, and in its report: v4sdk bench report RECORD --all", err=True
         )
     return _verdict(record) or int(not record.rows)
+
+
+def _default_output(backend: str, quick: bool) -> Path:
+    """The unfinished record of an earlier day if there is one, so that the same command goes on with it; else today's."""
+    import json
+
+    ending = "-quick.json" if quick else ".json"
+    for old in sorted(Path().glob(f"v4sdk-bench-{backend}-????-??-??{ending}"), reverse=True):
+        try:
+            if json.loads(old.read_text(encoding="utf-8")).get("status") != "complete":
+                return old
+        except (OSError, ValueError, AttributeError):
+            # not ours, or damaged: the run says so if it is today's
+            continue
+    return Path(f"v4sdk-bench-{backend}-{datetime.now():%Y-%m-%d}{ending}")
 
 
 def _golden(given: Path | None) -> Path | None:

@@ -112,6 +112,15 @@ def judged(values: Mapping[str, Value], limits: Mapping[str, float]) -> State:
     )
 
 
+def _without_nan(value: Any) -> Any:
+    """NaN and infinity are not JSON: what could not be measured is null."""
+    if isinstance(value, Mapping):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _within(value: Value, name: str, limit: float) -> bool:
     if not isinstance(value, (int, float)) or math.isnan(value):
         return False
@@ -175,7 +184,8 @@ class Record:
         Raises:
             NotSaved: with the system's reason, for instance a full disk.
         """
-        text = json.dumps({"kind": KIND, "schema": SCHEMA, **asdict(self)}, indent=1, allow_nan=True)
+        whole = _without_nan({"kind": KIND, "schema": SCHEMA, **asdict(self)})
+        text = json.dumps(whole, indent=1, allow_nan=False)
         aside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             aside.write_text(text + "\n", encoding="utf-8")

@@ -26,6 +26,22 @@ def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
     assert Record.load(tmp_path / "a.json") == made
 
 
+def test_what_could_not_be_measured_is_null_since_nan_is_not_json(tmp_path: Path) -> None:
+    made = record()
+    made.add(
+        Row(
+            "parity/x",
+            "x",
+            "failed",
+            values={"kl": float("nan"), "all": [1.0, float("inf")]},
+            limits={"kl": 1.0},
+        )
+    )
+    made.save(tmp_path / "a.json")
+    assert "NaN" not in (tmp_path / "a.json").read_text()
+    assert Record.load(tmp_path / "a.json").rows[0].values == {"kl": None, "all": [1.0, None]}
+
+
 def test_a_row_of_the_same_key_replaces_the_old_one() -> None:
     made = record()
     made.add(GOOD)

@@ -295,3 +295,19 @@ def test_help_imports_nothing_heavy() -> None:
         f"assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_run_that_was_cut_off_yesterday_goes_on_in_its_file(
+    tmp_path: Path, plant: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["run", "--suite", "parity", "--backend", "cpu"]
+    plant(a=rows("parity/1"), b=raising(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        CliRunner().invoke(cli.bench, command, standalone_mode=False, catch_exceptions=False)
+    (today,) = tmp_path.glob("v4sdk-bench-cpu-*.json")
+    today.rename("v4sdk-bench-cpu-2026-01-01.json")
+    plant(a=raising(AssertionError("ran again")), b=rows("parity/2"))
+    CliRunner().invoke(cli.bench, command, standalone_mode=False, catch_exceptions=False)
+    assert [path.name for path in tmp_path.glob("*.json")] == ["v4sdk-bench-cpu-2026-01-01.json"]
+    assert keys(tmp_path / "v4sdk-bench-cpu-2026-01-01.json") == ["parity/1", "parity/2"]
