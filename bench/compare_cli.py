@@ -185,11 +185,11 @@ def invariances(
 
     side = Side(backend, numerics, kv_format)
     found = []
-    if not as_json:
-        click.echo(f"{'check':18}{'max-abs':>10}{'rel L2':>10}{'KL mean':>10}  verdict")
     for one in check(lambda: side.load(model), seed):
         found.append(one)
         if not as_json:
+            if len(found) == 1:
+                click.echo(f"{'check':18}{'max-abs':>10}{'rel L2':>10}{'KL mean':>10}  verdict")
             a = one.agreement
             numbers = "".join(f"{value:>10.1e}" for value in (a.max_abs, a.relative_l2, a.kl_mean))
             click.echo(f"{one.check.name:18}{numbers}  {one.verdict} ({one.limit.reason})")

@@ -9,7 +9,12 @@ import torch
 
 from v4sdk import Session
 from v4sdk.backend import Backend
+from v4sdk.numerics import KV_FORMATS, NUMERICS
 from v4sdk_bench.stage import BenchError
+
+_EXAMPLE = (
+    "for example --a auto:reference:native --b auto:fast:bf16; `references` is the backend without kernels"
+)
 
 
 class References(Backend):
@@ -40,14 +45,22 @@ class Side:
         """Read `backend[:numerics[:kv_format]]`; `references` is the backend without kernels.
 
         Raises:
-            BenchError: if there are more parts, or an empty one.
+            BenchError: if there are more parts, an empty one, or one that has no such name.
         """
         parts = text.split(":")
         if len(parts) > 3 or not all(parts):
             raise BenchError(
                 f"side `{text}` is not understood, expected backend[:numerics[:kv_format]]",
-                hint="for example --a auto:reference:native --b auto:fast:bf16",
+                hint=_EXAMPLE,
             )
+        for part, known, what in zip(
+            parts[1:], (tuple(NUMERICS), KV_FORMATS), ("numerics", "KV format"), strict=False
+        ):
+            if part not in known:
+                raise BenchError(
+                    f"side `{text}` asks for {what} `{part}`, expected one of {', '.join(known)}",
+                    hint=_EXAMPLE,
+                )
         backend: str | Backend = References() if parts[0] == References.name else parts[0]
         return cls(backend, parts[1] if len(parts) > 1 else "fast", parts[2] if len(parts) > 2 else None)
 

@@ -182,6 +182,10 @@ def test_a_side_is_a_backend_with_two_options() -> None:
     assert isinstance(sides.Side.parse("references:exact").backend, sides.References)
     with pytest.raises(BenchError, match=r"side `cpu::bf16`"):
         sides.Side.parse("cpu::bf16")
+    with pytest.raises(BenchError, match="numerics `fsat`, expected one of exact, reference, fast"):
+        sides.Side.parse("cpu:fsat")
+    with pytest.raises(BenchError, match="KV format `int8`"):
+        sides.Side.parse("cpu:fast:int8")
 
 
 def _margins(*margins: float) -> Tensor:
