@@ -1060,3 +1060,17 @@ def test_records_of_different_models_each_keep_their_rows() -> None:
     assert table.columns == ("what", "exact A", "exact B")
     found = [[cell.text for cell in line[1:]] for line in table.rows if line[0].text == "run = rerun"]
     assert found == [["same model", "–"], ["–", "same model"]]
+
+
+def test_a_map_of_references_against_themselves_says_so() -> None:
+    def note(how: str, worst: float) -> str:
+        values = {"max_abs": worst, "worst": worst, "how": how}
+        record = replace(
+            sample(), rows=[row("parity/op/linear/tiny-x-exact", "linear", values, {"worst": 1.0})]
+        )
+        return tables(made(record)[0])["Ops against their reference"].note
+
+    assert "none could differ" in note("reference", 0.0)
+    assert "none could differ" in note("parts", 0.0)
+    assert "none could differ" not in note("kernel", 0.0)
+    assert "none could differ" not in note("parts", 0.2)

@@ -49,7 +49,9 @@ def heat(joined: Joined, lines: Sequence[Line], caption: str, noun: str) -> Tabl
     ]
     note = "Percent of the accepted limit that the worst comparison of a cell uses; above 100% it failed."
     ran = [row for line in lines for row in line.rows.values() if row.state != "not run"]
-    if ran and all(row.values.get("how") == "reference" for row in ran):
+    if ran and all(
+        row.values.get("how") in ("reference", "parts") and not row.values.get("worst") for row in ran
+    ):
         note += " Here the references themselves computed every case, so none could differ; a backend's kernels can."
     return Table(caption, (noun, *heads), tuple(row for _, row in rows), cells.commands(lines), note, "heat")
 

@@ -90,7 +90,10 @@ def _speeds(
         rates = [_rate(*own[task]) if task in own else cells.MISSING for task in tasks]
         rows.append((who, *cells.tag(joined, joined.source(label)), parity, *rates))
     columns = ("engine", *cells.tag_column(joined), "parity", *tasks)
-    note = "Tokens per second of reading a prompt (prefill) and after as many tokens of context (decode)."
+    note = (
+        "Tokens per second of reading a prompt (prefill) and after as many tokens of context (decode). Each engine runs in a "
+        "process of its own whose threads sleep between calls, so v4sdk's rates are not those of the section above."
+    )
     return Table(
         "Speed beside other engines",
         columns,

@@ -51,7 +51,7 @@ def table(joined: Joined, lines: Sequence[Line], caption: str) -> Table:
                 (
                     Cell(line.what, note=line.key),
                     *cells.tag(joined, source),
-                    Cell("no ratio", "bad" if row.state == "failed" else "warn")
+                    Cell("no ratio", "bad" if row.state == "failed" else "warn", numeric=True)
                     if silent
                     else Cell(show("_ratio", ratio), numeric=True),
                     cells.MISSING if silent else Cell(f"{digits(low)} to {digits(high)}", numeric=True),
