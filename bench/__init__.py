@@ -11,7 +11,7 @@ from v4sdk.hookspecs import hookimpl
 def v4sdk_commands(cli: Any) -> None:
     """Add `v4sdk bench` and `v4sdk export-onnx`."""
     from v4sdk_bench.cli import bench
-    from v4sdk_bench.onnx_cli import export_onnx
+    from v4sdk_bench.export.cli import export_onnx
 
     cli.add_command(bench)
     cli.add_command(export_onnx)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from v4sdk_bench.compare_cli import compare, invariances
-from v4sdk_bench.mini_cli import mini
+from v4sdk_bench.mini.cli import mini
+from v4sdk_bench.parity.cli import compare, invariances
 from v4sdk_bench.report.cli import report
 
 if TYPE_CHECKING:

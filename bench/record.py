@@ -143,7 +143,7 @@ class Record:
         machine: processor, cores, threads, memory, load. software: versions. device: what
             `Backend.identity` says of an accelerator.
         models: name to fingerprint and sizes of every model that was measured.
-        ceilings: what this machine can do, measured in this run (`bench/ceilings.py`).
+        ceilings: what this machine can do, measured in this run (`bench/speed/ceilings.py`).
         stages: stage to state (`done`, `interrupted`, `broken`), seconds, budget and note.
         rows: the results.
     """

@@ -15,7 +15,7 @@ from v4sdk import plugins
 from v4sdk.backend import Backend
 from v4sdk.errors import BackendUnavailable, V4Error
 from v4sdk_bench.machine import hardware, software
-from v4sdk_bench.record import SUITES, BadRecord, NotSaved, Record, Row
+from v4sdk_bench.record import KIND, SUITES, BadRecord, NotSaved, Record, Row
 from v4sdk_bench.stage import Bench, BenchError, Stage, now
 
 DEFAULT_SUITES = ("parity", "ops", "model", "claims")
@@ -151,12 +151,18 @@ def _open(options: Options, backend: Backend, output: Path, command: str, restar
     fresh = Record(now(), command, chosen, hardware(), about, device=_device(backend))
     if not output.parent.is_dir():
         raise BenchError(f"the folder of {output} does not exist", hint=f"mkdir -p {output.parent}")
+    if restart and output.exists() and f'"kind": "{KIND}"' not in _head(output):
+        raise BenchError(
+            f"{output} is not a record of v4sdk bench, so it is not replaced", hint="give another --output"
+        )
     if restart or not output.exists():
         return fresh
     try:
         old = Record.load(output)
     except BadRecord as exc:
-        raise BadRecord(exc.message, hint="give another --output, or --restart to replace it") from exc
+        ours = f'"kind": "{KIND}"' in _head(output)
+        way_out = "give another --output" + (", or --restart to replace it" if ours else "")
+        raise BadRecord(exc.message, hint=way_out) from exc
     if old.status == "complete" and all(stage["state"] == "done" for stage in old.stages.values()):
         raise BenchError(
             f"{output} is a complete record of {old.started}",
@@ -174,6 +180,15 @@ def _open(options: Options, backend: Backend, output: Path, command: str, restar
                 hint="repeat the command it was made with to go on, give another --output, or --restart to replace it",
             )
     return replace(old, status="running", finished=None)
+
+
+def _head(path: Path) -> str:
+    """Where a record says that it is one, damaged or not."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return file.read(200)
+    except OSError as exc:
+        raise BenchError(f"cannot read {path}: {exc.strerror}", hint="give another --output") from exc
 
 
 def _difference(before: Any, after: Any) -> str:

@@ -15,17 +15,11 @@ from v4sdk import plugins
 from v4sdk.presets import V4_FLASH, V4_PRO, shrunk
 from v4sdk.weight_formats import pack_fp4
 from v4sdk.weights import Weight
-from v4sdk_bench import (
-    amplification,
-    arithmetic,
-    claim_figures,
-    claims_context,
-    context_cost,
-    kv_allocation,
-    lossless,
-)
-from v4sdk_bench.answers import answer
-from v4sdk_bench.claims import LEDGER, BadLedger, ledger, load
+from v4sdk_bench.claims import amplification, arithmetic, context_cost, kv_allocation, lossless
+from v4sdk_bench.claims import context as claims_context
+from v4sdk_bench.claims import figures as claim_figures
+from v4sdk_bench.claims.ledger import LEDGER, BadLedger, ledger, load
+from v4sdk_bench.claims.rows import answer
 from v4sdk_bench.record import Record, Row
 from v4sdk_bench.stage import Bench
 from v4sdk_bench.suites import claims as suite

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from v4sdk.plugins import select
-from v4sdk_bench import expert_parallel
-from v4sdk_bench.expert_parallel import bound, measure, rows
-from v4sdk_bench.expert_parallel_rank import DelayedLink, Load
+from v4sdk_bench.claims import expert_parallel
+from v4sdk_bench.claims.expert_parallel import bound, measure, rows
+from v4sdk_bench.claims.expert_parallel_rank import DelayedLink, Load
 from v4sdk_bench.record import Record
 from v4sdk_bench.stage import Bench, BenchError
 

@@ -16,8 +16,8 @@ from v4sdk import Session, ops, prompting
 from v4sdk.backend import Backend, Kernel, kernel
 from v4sdk.kv_cache import KVCache
 from v4sdk.numerics import EXACT, FAST, REFERENCE
-from v4sdk_bench import invariances
-from v4sdk_bench.sides import Side
+from v4sdk_bench.parity import invariances
+from v4sdk_bench.parity.sides import Side
 from v4sdk_bench.stage import BenchError
 
 
@@ -172,7 +172,7 @@ def test_a_model_that_reads_too_little_is_refused(chat_folder: Path) -> None:
 def test_the_command_prints_json_and_fails_on_a_difference(
     chat_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from v4sdk_bench.compare_cli import invariances as command
+    from v4sdk_bench.parity.cli import invariances as command
 
     monkeypatch.setattr(invariances, "CHECKS", invariances.CHECKS[:1])
     args = ["--model", str(chat_folder), "--backend", "cpu", "--numerics", "exact", "--json"]

@@ -16,12 +16,12 @@ from v4sdk import Session
 from v4sdk.checkpoint import Checkpoint
 from v4sdk.convert import unquantised
 from v4sdk.tensors import expected_tensors
-from v4sdk_bench import mini
-from v4sdk_bench.independent import RELATIVE_LIMIT
-from v4sdk_bench.metrics import relative_l2
-from v4sdk_bench.mini import MINI, TINY_MINI, MiniError
-from v4sdk_bench.mini_cli import mini as mini_command
-from v4sdk_bench.mini_values import DrawnTensors
+from v4sdk_bench.mini import checkpoint as mini
+from v4sdk_bench.mini.checkpoint import MINI, TINY_MINI, MiniError
+from v4sdk_bench.mini.cli import mini as mini_command
+from v4sdk_bench.mini.values import DrawnTensors
+from v4sdk_bench.parity.independent import RELATIVE_LIMIT
+from v4sdk_bench.parity.metrics import relative_l2
 from v4sdk_bench.peers.formats import bytes_per_token, gguf_config
 
 # of the tiny variant, seed 0: another value here means that published numbers belong to another model

@@ -23,11 +23,10 @@ from v4sdk.config_file import config_dict
 from v4sdk.convert import write_checkpoint
 from v4sdk.errors import V4Error
 from v4sdk.presets import V4_FLASH
-from v4sdk_bench import onnx_export, onnx_witness
-from v4sdk_bench.metrics import relative_l2
-from v4sdk_bench.onnx_cli import export_onnx
-from v4sdk_bench.onnx_export import ExportError, block_parts, evaluate, model_of, prefill_part, write
-from v4sdk_bench.onnx_trace import (
+from v4sdk_bench.export import witness as onnx_witness
+from v4sdk_bench.export import write as onnx_export
+from v4sdk_bench.export.cli import export_onnx
+from v4sdk_bench.export.trace import (
     Source,
     Traced,
     boundary_tokens,
@@ -36,10 +35,12 @@ from v4sdk_bench.onnx_trace import (
     reweighted,
     trace,
 )
-from v4sdk_bench.onnx_witness import compare, ours, random_ids
+from v4sdk_bench.export.witness import compare, ours, random_ids
+from v4sdk_bench.export.write import ExportError, block_parts, evaluate, model_of, prefill_part, write
+from v4sdk_bench.parity.metrics import relative_l2
+from v4sdk_bench.parity.tiny import draw
 from v4sdk_bench.record import Record
 from v4sdk_bench.stage import Bench
-from v4sdk_bench.tiny import draw
 
 # every kind of layer, hashed and learned routing; boundaries at 4, 8 and 16 tokens
 CONFIG = ModelConfig(
@@ -344,7 +345,7 @@ def test_missing_packages_are_named(export: Callable[..., Result], monkeypatch: 
 
 def test_help_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from v4sdk_bench.onnx_cli import export_onnx\n"
+        "import sys; from v4sdk_bench.export.cli import export_onnx\n"
         "try: export_onnx(['--help'])\nexcept SystemExit: pass\n"
         "heavy = {'torch', 'onnx', 'onnxruntime', 'onnxscript', 'onnx_ir'} & set(sys.modules); assert not heavy, heavy"
     )

@@ -21,12 +21,13 @@ from v4sdk.config import ModelConfig
 from v4sdk.errors import ShapeError
 from v4sdk.loading import bundled_folder
 from v4sdk.weights import WeightSource
-from v4sdk_bench import agreement as ag
-from v4sdk_bench import calibration, evaluate, metrics, plants, sides
-from v4sdk_bench import same_tokens as rule
-from v4sdk_bench.compare_cli import compare
-from v4sdk_bench.op_cases import chosen
+from v4sdk_bench.nano import evaluate
+from v4sdk_bench.parity import agreement as ag
+from v4sdk_bench.parity import calibration, metrics, plants, sides
+from v4sdk_bench.parity import same_tokens as rule
+from v4sdk_bench.parity.cli import compare
 from v4sdk_bench.record import SPEED_ENDINGS, Record
+from v4sdk_bench.speed.op_cases import chosen
 from v4sdk_bench.stage import Bench, BenchError
 from v4sdk_bench.suites import ops as ops_suite
 from v4sdk_bench.suites import parity

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from v4sdk import Session, plugins
-from v4sdk_bench import mini
-from v4sdk_bench.metrics import agreement, verdict
-from v4sdk_bench.mini import TINY_MINI
+from v4sdk_bench.mini import checkpoint as mini
+from v4sdk_bench.mini.checkpoint import TINY_MINI
+from v4sdk_bench.parity.metrics import agreement, verdict
 from v4sdk_bench.peers import process, stage
 from v4sdk_bench.peers.lanes import (
     ENGINES,

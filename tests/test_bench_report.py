@@ -807,7 +807,7 @@ def test_a_record_cannot_put_markup_into_markdown() -> None:
 
 
 def test_links_are_only_those_of_the_ledger() -> None:
-    from v4sdk_bench.claims import ledger
+    from v4sdk_bench.claims.ledger import ledger
 
     known = {c.source.url for c in (*ledger().claims, *ledger().cited)}
     linked = {address for _, address in shown(hostile()).addresses if not address.startswith("#")}

@@ -312,3 +312,16 @@ def test_a_run_that_was_cut_off_yesterday_goes_on_in_its_file(
     CliRunner().invoke(cli.bench, command, standalone_mode=False, catch_exceptions=False)
     assert [path.name for path in tmp_path.glob("*.json")] == ["v4sdk-bench-cpu-2026-01-01.json"]
     assert keys(tmp_path / "v4sdk-bench-cpu-2026-01-01.json") == ["parity/1", "parity/2"]
+
+
+def test_restart_replaces_records_and_nothing_else(tmp_path: Path, plant: Callable[..., None]) -> None:
+    plant(a=rows("parity/1"))
+    precious, damaged = tmp_path / "mine.json", tmp_path / "damaged.json"
+    precious.write_text('{"my": "data"}')
+    with pytest.raises(BenchError, match="is not a record of v4sdk bench, so it is not replaced"):
+        start(precious, restart=True)
+    assert precious.read_text() == '{"my": "data"}'
+    start(damaged)
+    damaged.write_text(damaged.read_text()[:300])
+    start(damaged, restart=True)
+    assert keys(damaged) == ["parity/1"]

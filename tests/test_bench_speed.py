@@ -19,16 +19,17 @@ from v4sdk.backend import Backend, Kernel, kernel
 from v4sdk.config import ModelConfig, QuantizationConfig
 from v4sdk.kv_cache import KVCache, kv_bytes
 from v4sdk.presets import V4_FLASH
-from v4sdk_bench import frontier, model_speed, real_shapes
-from v4sdk_bench.ceilings import BYTES, FLOPS, Ceiling
-from v4sdk_bench.op_cases import NotTimed, OpCase, Plan, argument_bytes, chosen
-from v4sdk_bench.op_counts import LibraryCalls, counted
 from v4sdk_bench.record import SPEED_ENDINGS, Record, Row
+from v4sdk_bench.speed import frontier, real_shapes
+from v4sdk_bench.speed import model as model_speed
+from v4sdk_bench.speed.ceilings import BYTES, FLOPS, Ceiling
+from v4sdk_bench.speed.op_cases import NotTimed, OpCase, Plan, argument_bytes, chosen
+from v4sdk_bench.speed.op_counts import LibraryCalls, counted
+from v4sdk_bench.speed.synthetic_kv import fill
 from v4sdk_bench.stage import Bench, BenchError
 from v4sdk_bench.suites import model as model_suite
 from v4sdk_bench.suites import model_layers, model_rows
 from v4sdk_bench.suites import ops as ops_suite
-from v4sdk_bench.synthetic_kv import fill
 
 ROOT = Path(__file__).parent.parent
 CASE = "ops/rms_norm/tiny-decode-fast"
@@ -201,7 +202,7 @@ def test_the_caller_s_pytest_settings_stay_out(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("inside", [False, True], ids=["empty folder", "this repository"])
 def test_the_file_runs_by_hand(inside: bool, tmp_path: Path) -> None:
-    where = ["bench/bench_ops.py"] if inside else ["--pyargs", "v4sdk_bench.bench_ops"]
+    where = ["bench/speed/bench_ops.py"] if inside else ["--pyargs", "v4sdk_bench.speed.bench_ops"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *where, "-p", "no:cacheprovider", "--benchmark-storage", tmp_path.as_uri(), "-q", "-k",
          "rms_norm and tiny-decode"],

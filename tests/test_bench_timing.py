@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from v4sdk.ops.op import Cost
-from v4sdk_bench import timing
-from v4sdk_bench.ceilings import BYTES, FLOPS, Ceiling, best, floor_s, measure, share
+from v4sdk_bench.speed import timing
+from v4sdk_bench.speed.ceilings import BYTES, FLOPS, Ceiling, best, floor_s, measure, share
+from v4sdk_bench.speed.timing import Sample, device_seconds, judge, paired, percentile, sample
 from v4sdk_bench.stage import BenchError
-from v4sdk_bench.timing import Sample, device_seconds, judge, paired, percentile, sample
 
 
 class Clock:

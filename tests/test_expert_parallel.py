@@ -38,7 +38,7 @@ from v4sdk.ops.precision import activation_dtype, between_dtype
 from v4sdk.plugins import select
 from v4sdk.progress import silent
 from v4sdk.weights import ExpertWeights, Weight, stack
-from v4sdk_bench.tiny import TINY, draw
+from v4sdk_bench.parity.tiny import TINY, draw
 
 SECONDS = 45.0
 LIMIT = 10.0

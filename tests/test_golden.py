@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from v4sdk.numerics import EXACT, KVFormat, Numerics
-from v4sdk_bench.golden import (
+from v4sdk_bench.parity.golden import (
     ATTENTION_REL_LIMIT,
     DECODE_KEY,
     KV_ROUNDED,

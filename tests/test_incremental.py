@@ -19,8 +19,8 @@ from v4sdk.model import V4Model
 from v4sdk.numerics import EXACT, FAST, KV_FORMATS, REFERENCE, KVFormat, Numerics
 from v4sdk.testing import poisoned_memory
 from v4sdk.testing.memory import poison
-from v4sdk_bench.golden import Golden, relative_l2
-from v4sdk_bench.tiny import TINY, tiny_model
+from v4sdk_bench.parity.golden import Golden, relative_l2
+from v4sdk_bench.parity.tiny import TINY, tiny_model
 
 LIMIT = 1e-5
 LENGTH = 160

@@ -26,8 +26,8 @@ from v4sdk.ops.op import OpTable
 from v4sdk.ops.rows import load_index
 from v4sdk.tensors import expected_tensors
 from v4sdk.weights import ExpertWeights, Weight, WeightSource, stack
-from v4sdk_bench.golden import KV_ROUNDED, Golden
-from v4sdk_bench.tiny import TINY, draw
+from v4sdk_bench.parity.golden import KV_ROUNDED, Golden
+from v4sdk_bench.parity.tiny import TINY, draw
 
 PROMPT = random.Random(1).choices(range(128), k=131)
 GOLDEN = Path(__file__).parent / "golden"

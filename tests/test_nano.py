@@ -21,11 +21,11 @@ from v4sdk.numerics import EXACT
 from v4sdk.ops.op import REFERENCES
 from v4sdk.prompts import Dialect, encode_chat
 from v4sdk.tokenizer import Tokenizer
-from v4sdk_bench.dialogue import Dialogue, split_of
-from v4sdk_bench.evaluate import questions, score, without_indexer
-from v4sdk_bench.generators import TOOLS, ask_many, ask_more
-from v4sdk_bench.tasks import TASKS, generate, held_out, is_right, overlap
-from v4sdk_bench.words import CITIES, NAMES, THINGS
+from v4sdk_bench.nano.dialogue import Dialogue, split_of
+from v4sdk_bench.nano.evaluate import questions, score, without_indexer
+from v4sdk_bench.nano.generators import TOOLS, ask_many, ask_more
+from v4sdk_bench.nano.tasks import TASKS, generate, held_out, is_right, overlap
+from v4sdk_bench.nano.words import CITIES, NAMES, THINGS
 
 ROOT = Path(__file__).parents[1]
 NANO = ROOT / "v4sdk" / "nano"

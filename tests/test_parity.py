@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from v4sdk_bench import divergence, parity
+from v4sdk_bench.parity import divergence
+from v4sdk_bench.parity import table as parity
 
 
 def test_states_of_a_line() -> None:
@@ -28,7 +29,7 @@ def test_the_command_prints_the_machine_and_every_line_and_writes_the_record(
     command = [
         sys.executable,
         "-m",
-        "v4sdk_bench.parity",
+        "v4sdk_bench.parity.table",
         "--golden",
         str(golden),
         "--only",

@@ -12,8 +12,8 @@ pytest.importorskip("transformers")
 import v4sdk
 from v4sdk.checkpoint import Checkpoint
 from v4sdk.config import ModelConfig
-from v4sdk_bench.independent import RELATIVE_LIMIT, load_elsewhere, logits_difference, their_name
-from v4sdk_bench.tiny import VARIANTS, draw
+from v4sdk_bench.parity.independent import RELATIVE_LIMIT, load_elsewhere, logits_difference, their_name
+from v4sdk_bench.parity.tiny import VARIANTS, draw
 
 NANO = Path(v4sdk.__file__).parent / "nano"
 # window of 128, several blocks of 128, more entries than the indexer picks

@@ -11,7 +11,7 @@ from v4sdk.convert import FloatTensors, unquantised, write_checkpoint
 from v4sdk.errors import V4Error
 from v4sdk.loading import bundled_folder
 from v4sdk.tensors import expected_tensors
-from v4sdk_bench import mini
+from v4sdk_bench.mini import checkpoint as mini
 from v4sdk_bench.peers.lanes import Forms
 from v4sdk_bench.stage import Bench
 

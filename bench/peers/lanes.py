@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from v4sdk.backend import Backend
-from v4sdk_bench import metrics
+from v4sdk_bench.parity import metrics
 from v4sdk_bench.peers.formats import Stored
 from v4sdk_bench.peers.process import WORKER
 
@@ -19,7 +19,7 @@ Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 OURS = "v4sdk"
 
-# mean KL to `exact` up to which an engine of this precision computes the same model (`bench/metrics.py`); float32 has the
+# mean KL to `exact` up to which an engine of this precision computes the same model (`bench/parity/metrics.py`); float32 has the
 # limit of BF16, because one choice of an expert that falls the other way at a tie is worth more than all its roundings
 KL_LIMITS: Mapping[Precision, float] = {
     "float32": metrics.BF16_MEAN_KL,

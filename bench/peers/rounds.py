@@ -16,7 +16,7 @@ from torch import Tensor
 from v4sdk_bench.peers.lanes import PHASES, Lane, Phase, combined
 from v4sdk_bench.peers.process import Peer, PeerError, environment
 from v4sdk_bench.peers.texts import ParityText
-from v4sdk_bench.timing import load
+from v4sdk_bench.speed.timing import load
 
 LOAD_TIMEOUT_S = 300.0
 _LEAST_TIMEOUT_S = 60.0

@@ -12,16 +12,16 @@ from torch import Tensor
 
 from v4sdk.backend import Evidence
 from v4sdk.config import ModelConfig
-from v4sdk_bench import ceilings as limits
-from v4sdk_bench import metrics
+from v4sdk_bench.parity import metrics
 from v4sdk_bench.peers.formats import Stored, bytes_per_token
 from v4sdk_bench.peers.lanes import KL_LIMITS, OURS, Lane, Phase
 from v4sdk_bench.peers.process import PeerError, environment
 from v4sdk_bench.peers.rounds import Depth, Running, Times, Trial
 from v4sdk_bench.peers.texts import ParityText
 from v4sdk_bench.record import Row, Value, judged, not_run
+from v4sdk_bench.speed import ceilings as limits
+from v4sdk_bench.speed.timing import judge, percentile
 from v4sdk_bench.stage import Bench, BenchError
-from v4sdk_bench.timing import judge, percentile
 
 # weights that a cache holds are not read from memory, and then memory's bandwidth says nothing
 _TIMES_CACHE = 4

@@ -19,7 +19,7 @@ from torch import Tensor
 from v4sdk.checkpoint import Checkpoint
 from v4sdk.config import ModelConfig
 from v4sdk.tensors import expected_tensors
-from v4sdk_bench import mini
+from v4sdk_bench.mini import checkpoint as mini
 from v4sdk_bench.peers.forms import forms_of
 from v4sdk_bench.peers.lanes import (
     ENGINES,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from v4sdk import Session
 from v4sdk.backend import Backend
-from v4sdk_bench.dialogues import dialogues, written
+from v4sdk_bench.nano.dialogues import dialogues, written
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from v4sdk.errors import V4Error
-from v4sdk_bench.claims import STATUSES, Claim, Figure, Ledger, ledger
+from v4sdk_bench.claims.ledger import STATUSES, Claim, Figure, Ledger, ledger
 from v4sdk_bench.report import cells
 from v4sdk_bench.report.compare import Joined
 from v4sdk_bench.report.numbers import ABSENT, digits, name_of, percent, show

@@ -16,8 +16,9 @@ from v4sdk_bench.report.sources import Source
 
 PREFIX = "model/peers/"
 _LEAD = (
-    "Other engines on the same machine, threads and token ids, each at the best of its documented settings. An engine whose "
-    "logits are not those of the same model is not comparable and gets no speed."
+    "Other engines on the same machine, threads and token ids, each at the best of the settings that were tried; its row names "
+    "them, and a quick run tries only the defaults. An engine whose logits are not those of the same model is not comparable "
+    "and gets no speed."
 )
 # values of a speed row that say how it was measured rather than how fast it was
 _HOW = ("tried", "settings", "environment", "chosen", "setting", "version", "load", "rounds", "spread")

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 
 from v4sdk.loading import bundled_folder
-from v4sdk_bench import amplification, arithmetic, lossless
-from v4sdk_bench.answers import answer, untestable
-from v4sdk_bench.claim_figures import COMPUTED, MODELS
-from v4sdk_bench.claims import PREFIX, Claim, ledger
-from v4sdk_bench.claims_context import allocated, bounded, whole_model
-from v4sdk_bench.expert_parallel import STAGE as EXPERT_PARALLEL
+from v4sdk_bench.claims import amplification, arithmetic, lossless
+from v4sdk_bench.claims.context import allocated, bounded, whole_model
+from v4sdk_bench.claims.expert_parallel import STAGE as EXPERT_PARALLEL
+from v4sdk_bench.claims.figures import COMPUTED, MODELS
+from v4sdk_bench.claims.ledger import PREFIX, Claim, ledger
+from v4sdk_bench.claims.rows import answer, untestable
 from v4sdk_bench.record import Row, Value, not_run
 from v4sdk_bench.stage import Bench, Stage
 

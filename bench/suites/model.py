@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING
 from v4sdk.errors import MemoryRefused
 from v4sdk_bench.peers.stage import STAGE as PEERS
 from v4sdk_bench.record import Row, Value, not_run
+from v4sdk_bench.speed.timing import Sample, load, paired, percentile
 from v4sdk_bench.stage import Bench, Stage
 from v4sdk_bench.suites.model_layers import layers
 from v4sdk_bench.suites.model_memory import memory
 from v4sdk_bench.suites.model_rows import Subject, evidence, kernels, row_of, subject
-from v4sdk_bench.timing import Sample, load, paired, percentile
 
 if TYPE_CHECKING:
     from v4sdk import Session
-    from v4sdk_bench.frontier import Frontier, Loading
+    from v4sdk_bench.speed.frontier import Frontier, Loading
 
 BATCHES = (1, 4, 16)
 _CONTEXT = 512
@@ -69,7 +69,7 @@ def _red(bench: Bench, name: str) -> Row | None:
 
 
 def _gate_row(bench: Bench, about: Subject, exact: Session, session: Session) -> Row:
-    from v4sdk_bench.model_speed import EXACT_LIMIT, KL_LIMIT, gate
+    from v4sdk_bench.speed.model import EXACT_LIMIT, KL_LIMIT, gate
 
     found = gate(exact, session, bench.seed)
     values = {"exact_relative_l2": found.exact, "kl_mean": found.kl_mean, "finite": int(found.finite)}
@@ -83,7 +83,7 @@ def _gate_row(bench: Bench, about: Subject, exact: Session, session: Session) ->
 def _frontiers(bench: Bench, about: Subject) -> Iterator[Row]:
     import torch
 
-    from v4sdk_bench import frontier
+    from v4sdk_bench.speed import frontier
 
     key = f"model/{about.name}"
     reads, made_up = (
@@ -139,7 +139,7 @@ def _frontier_row(bench: Bench, about: Subject, found: Frontier, shared: dict[st
 
 
 def _batches(bench: Bench, about: Subject, session: Session) -> Iterator[Row]:
-    from v4sdk_bench.model_speed import aggregate, batch
+    from v4sdk_bench.speed.model import aggregate, batch
 
     for size in BATCHES:
         key = f"model/{about.name}/batch/{size}"
@@ -169,7 +169,7 @@ def _batches(bench: Bench, about: Subject, session: Session) -> Iterator[Row]:
 
 
 def _calls(bench: Bench, about: Subject, session: Session) -> Row:
-    from v4sdk_bench.model_speed import calls
+    from v4sdk_bench.speed.model import calls
 
     bench.say(f"{about.name}: counting calls")
     found = calls(session, _CONTEXT, bench.seed)
@@ -192,7 +192,7 @@ def _calls(bench: Bench, about: Subject, session: Session) -> Row:
 def _pairs(bench: Bench, about: Subject, session: Session) -> Iterator[Row]:
     """Numerics against numerics, and the same build against itself."""
     from v4sdk import Session as Loader
-    from v4sdk_bench.model_speed import decode_step
+    from v4sdk_bench.speed.model import decode_step
 
     key, budget = f"model/{about.name}", _PAIR_S[bench.quick]
     setting = {k: v for k, v in about.setting.items() if k != "numerics"} | {"context": _CONTEXT}

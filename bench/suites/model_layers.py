@@ -8,12 +8,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from v4sdk_bench.record import Row, Value, judged, not_run
+from v4sdk_bench.speed.timing import sample
 from v4sdk_bench.stage import Bench, BenchError
 from v4sdk_bench.suites.model_rows import kernels, row_of
-from v4sdk_bench.timing import sample
 
 if TYPE_CHECKING:
-    from v4sdk_bench.real_shapes import LayerCase
+    from v4sdk_bench.speed.real_shapes import LayerCase
 
 _LAYER_S = {True: 4.0, False: 20.0}
 _CEILINGS_S = {True: 3.0, False: 20.0}
@@ -21,8 +21,8 @@ _CEILINGS_S = {True: 3.0, False: 20.0}
 
 def layers(bench: Bench) -> Iterator[Row]:
     """Single layers of V4-Flash and V4-Pro, beside their floors."""
-    from v4sdk_bench.ceilings import best
-    from v4sdk_bench.real_shapes import cases
+    from v4sdk_bench.speed.ceilings import best
+    from v4sdk_bench.speed.real_shapes import cases
     from v4sdk_bench.suites.ops import measure_ceilings
 
     wanted = [case for case in cases(bench.quick) if bench.wants(case.key)]
@@ -55,7 +55,7 @@ def _layer_name(case: LayerCase) -> str:
 
 
 def _layer_row(bench: Bench, case: LayerCase) -> Row:
-    from v4sdk_bench.real_shapes import CONTEXT, OUTPUT_LIMIT, layer
+    from v4sdk_bench.speed.real_shapes import CONTEXT, OUTPUT_LIMIT, layer
 
     began = time.monotonic()
     setting: dict[str, Value] = {
@@ -91,7 +91,7 @@ def _layer_row(bench: Bench, case: LayerCase) -> Row:
 def _with_floor(row: Row, ceilings: list[Any]) -> Row:
     """Put the floor and the share of the ceiling into a row; failed above 100%."""
     from v4sdk.ops.op import Cost
-    from v4sdk_bench.ceilings import floor_s, share
+    from v4sdk_bench.speed.ceilings import floor_s, share
 
     values: dict[str, Any] = dict(row.values)
     floor, bound = floor_s(

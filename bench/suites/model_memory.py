@@ -16,7 +16,7 @@ _PAIRS = 5
 
 def memory(bench: Bench) -> Iterator[Row]:
     """Peak memory of processes that read a short and a long context, chunks in exact numerics, and the time to a first token."""
-    from v4sdk_bench import long_context as lc
+    from v4sdk_bench.speed import long_context as lc
 
     about = subject(bench)
     short_n, long_n = _MEMORY[bench.quick]
@@ -44,7 +44,7 @@ def memory(bench: Bench) -> Iterator[Row]:
 
 
 def _chunks(bench: Bench, about: Subject) -> Iterator[Row]:
-    from v4sdk_bench import long_context as lc
+    from v4sdk_bench.speed import long_context as lc
 
     tokens = _CHUNK_TOKENS[bench.quick]
     key = f"model/{about.name}/chunks/{tokens}"
@@ -66,7 +66,7 @@ def _chunks(bench: Bench, about: Subject) -> Iterator[Row]:
 
 
 def _first_token(bench: Bench, about: Subject) -> Iterator[Row]:
-    from v4sdk_bench import first_token as ft
+    from v4sdk_bench.speed import first_token as ft
 
     key, what = (
         f"model/{about.name}/first-token",
@@ -78,7 +78,9 @@ def _first_token(bench: Bench, about: Subject) -> Iterator[Row]:
             if bench.quick
             else "measured with the bundled model only"
         )
-        yield not_run(key, what, why, setting=about.setting, command="python -m v4sdk_bench.first_token")
+        yield not_run(
+            key, what, why, setting=about.setting, command="python -m v4sdk_bench.speed.first_token"
+        )
         return
     bench.say(f"{about.name}: the first token of a new process")
     pairs = ft.pairs(_PAIRS)

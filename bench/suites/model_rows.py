@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from v4sdk_bench.record import SPEED_ENDINGS, Row, Value, judged
+from v4sdk_bench.speed.timing import Call, device_seconds
 from v4sdk_bench.stage import Bench
-from v4sdk_bench.timing import Call, device_seconds
 
 BUNDLED = "v4-nano"
 _KERNEL_ROUNDS = 10

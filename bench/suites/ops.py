@@ -16,16 +16,16 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from v4sdk_bench.record import Row, Value, judged, not_run
+from v4sdk_bench.speed.timing import Sample, load
 from v4sdk_bench.stage import Bench, BenchError, Stage
-from v4sdk_bench.timing import Sample, load
 
 if TYPE_CHECKING:
     import pytest
 
-    from v4sdk_bench.ceilings import Ceiling
-    from v4sdk_bench.op_cases import OpCase, Plan, Timed
+    from v4sdk_bench.speed.ceilings import Ceiling
+    from v4sdk_bench.speed.op_cases import OpCase, Plan, Timed
 
-_FILE = "v4sdk_bench.bench_ops"
+_FILE = "v4sdk_bench.speed.bench_ops"
 _QUICK_S, _FULL_S = 120.0, 1800.0
 # of one case's timed rounds; of the ceilings before and after
 _CASE_S = {True: 0.1, False: 1.0}
@@ -38,10 +38,12 @@ def run(bench: Bench) -> Iterator[Row]:
     """Rows `ops/<op>/<case>`; ceilings go to the record."""
     from v4sdk.config import ModelConfig
     from v4sdk.loading import bundled_folder
-    from v4sdk_bench.op_cases import QUICK_LIMIT_BYTES, Plan, chosen
+    from v4sdk_bench.speed.op_cases import QUICK_LIMIT_BYTES, Plan, chosen
 
     require_pytest()
     cases = [c for c in chosen(bench.quick) if bench.wants(f"ops/{c.label}") and not _kept(bench, c)]
+    if not cases and not bench.wants("ops/noise"):
+        return
     ceilings = measure_ceilings(bench)
     limit = QUICK_LIMIT_BYTES if bench.quick else _FULL_LIMIT_BYTES
     config = ModelConfig.from_folder(bench.model or bundled_folder())
@@ -81,7 +83,7 @@ def require_pytest() -> None:
 
 def measure_ceilings(bench: Bench, budget_s: float | None = None) -> list[Ceiling]:
     """Measure, note it in the record, and give the best that this run has seen so far."""
-    from v4sdk_bench.ceilings import DTYPES, best, measure
+    from v4sdk_bench.speed.ceilings import DTYPES, best, measure
 
     bench.say("ceilings: memory bandwidth and matrix products")
     backend = bench.backend
@@ -98,7 +100,7 @@ def noise_row(bench: Bench) -> Row:
     """An op against itself: what difference this machine shows where there is none."""
     import torch
 
-    from v4sdk_bench.timing import paired
+    from v4sdk_bench.speed.timing import paired
 
     x = torch.ones(256, 4096, device=bench.backend.device)
 
@@ -150,7 +152,7 @@ def run_pytest(plan: Plan, watch: Watch) -> None:
     """
     import pytest
 
-    from v4sdk_bench.bench_ops import PLAN
+    from v4sdk_bench.speed.bench_ops import PLAN
 
     options = [
         "--pyargs", _FILE, "-c", os.devnull, "--rootdir", str(watch.bench.scratch), "--noconftest", "--import-mode=importlib",
@@ -231,7 +233,7 @@ def _rows(bench: Bench, plan: Plan, watch: Watch, case: OpCase, ceilings: list[C
 
 def timed_row(bench: Bench, case: OpCase, timed: Timed, ceilings: list[Ceiling], seconds: float) -> Row:
     """A case that is right, with its floor and its share of the ceiling; failed if that is above 100%."""
-    from v4sdk_bench.ceilings import floor_s, share
+    from v4sdk_bench.speed.ceilings import floor_s, share
 
     key, ready = f"ops/{case.label}", timed.ready
     rounds = Sample(tuple(timed.seconds), 0.0, load())

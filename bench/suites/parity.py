@@ -12,9 +12,10 @@ from v4sdk.loading import bundled_folder
 from v4sdk.ops import OPS
 from v4sdk.testing import CaseResult, run_conformance
 from v4sdk.weights import WeightSource
-from v4sdk_bench import agreement as ag
-from v4sdk_bench import calibration, evaluate, invariances, onnx_witness, sides
-from v4sdk_bench import parity as table
+from v4sdk_bench.export import witness as onnx_witness
+from v4sdk_bench.nano import evaluate
+from v4sdk_bench.parity import agreement as ag
+from v4sdk_bench.parity import calibration, invariances, sides, table
 from v4sdk_bench.record import Row, Value, judged, not_run
 from v4sdk_bench.stage import Bench, Stage
 from v4sdk_bench.suites.parity_model import layer, model
@@ -58,9 +59,9 @@ def _op_row(bench: Bench, found: CaseResult) -> Row:
 
 
 def golden(bench: Bench) -> Iterator[Row]:
-    """The table of `python -m v4sdk_bench.parity`: the official forward pass and transformers."""
+    """The table of `python -m v4sdk_bench.parity.table`: the official forward pass and transformers."""
     here = (
-        f"python -m v4sdk_bench.parity --golden {bench.golden}"
+        f"python -m v4sdk_bench.parity.table --golden {bench.golden}"
         if bench.golden
         else "v4sdk bench run --golden FOLDER"
     )
@@ -93,7 +94,7 @@ def golden(bench: Bench) -> Iterator[Row]:
 
 def calibrate(bench: Bench) -> Iterator[Row]:
     """What the verdicts say about known roundings and known mistakes in v4-nano; on the references, whatever is under test."""
-    from v4sdk_bench.plants import MISTAKES, ROUNDINGS
+    from v4sdk_bench.parity.plants import MISTAKES, ROUNDINGS
 
     # what sets roundings and mistakes apart is known once all are measured
     if not bench.wants("parity/calibration"):

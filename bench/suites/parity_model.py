@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 from v4sdk import Session
-from v4sdk_bench import agreement as ag
-from v4sdk_bench import layers, metrics, sides
-from v4sdk_bench import same_tokens as rule
-from v4sdk_bench.golden import SETS_EQUAL_LIMIT
+from v4sdk_bench.parity import agreement as ag
+from v4sdk_bench.parity import layers, metrics, sides
+from v4sdk_bench.parity import same_tokens as rule
+from v4sdk_bench.parity.golden import SETS_EQUAL_LIMIT
 from v4sdk_bench.record import Row, Value
 from v4sdk_bench.stage import Bench
 from v4sdk_bench.suites.parity_rows import NUMERICS, judged_row, late_row, model_name, slug

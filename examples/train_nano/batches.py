@@ -12,9 +12,9 @@ from torch import Tensor
 
 from v4sdk.prompts import Dialect, encode_chat
 from v4sdk.tokenizer import Tokenizer
-from v4sdk_bench.dialogue import Dialogue
-from v4sdk_bench.generators import ask_many, ask_more
-from v4sdk_bench.tasks import generate
+from v4sdk_bench.nano.dialogue import Dialogue
+from v4sdk_bench.nano.generators import ask_many, ask_more
+from v4sdk_bench.nano.tasks import generate
 
 # share of training tokens per task
 MIX: Mapping[str, float] = {

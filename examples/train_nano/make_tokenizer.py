@@ -22,8 +22,8 @@ from v4sdk.prompts import encode_chat
 from v4sdk.prompts.dialect import TASKS as TASK_TOKENS
 from v4sdk.prompts.dialect import custom_dialect
 from v4sdk.tokenizer import BOS, EOS
-from v4sdk_bench.tasks import TASKS, generate
-from v4sdk_bench.words import CITIES, HABITS, KEYWORDS, NAMES, PHRASES, THINGS, WEATHER
+from v4sdk_bench.nano.tasks import TASKS, generate
+from v4sdk_bench.nano.words import CITIES, HABITS, KEYWORDS, NAMES, PHRASES, THINGS, WEATHER
 
 VOCAB_SIZE = 1280
 CONTROL = (

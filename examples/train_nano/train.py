@@ -31,7 +31,7 @@ from v4sdk.kv_cache import KVCache
 from v4sdk.model import Binder, V4Model
 from v4sdk.numerics import EXACT, Numerics
 from v4sdk.weights import WeightSource
-from v4sdk_bench.tasks import TASKS, held_out
+from v4sdk_bench.nano.tasks import TASKS, held_out
 
 ROUNDED = dataclasses.replace(EXACT, name="exact with rounded caches", q8_kv=True, q4_index=True)
 _PAGE = 128

@@ -1,0 +1,1 @@
+"""The ledger of published claims, and what answers each: arithmetic, or a measurement."""

@@ -1,0 +1,1 @@
+"""The model as ONNX, and onnxruntime as a witness of its numbers."""

@@ -1,0 +1,1 @@
+"""v4-mini, one random model in every format with identical values."""

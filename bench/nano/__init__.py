@@ -1,0 +1,1 @@
+"""The tasks of the bundled model: their words, generators, dialogues and scores."""

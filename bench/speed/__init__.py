@@ -1,0 +1,1 @@
+"""How fast against what the machine can do: timing, ceilings, ops, whole models over context."""
