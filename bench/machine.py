@@ -25,6 +25,8 @@ _PACKAGES = (
 )
 # what decides which kernels a library takes on a processor; the other flags say nothing about speed
 _FLAGS = ("avx", "avx2", "avx512", "amx", "fma", "asimd", "sve", "bf16", "i8mm")
+# settings of the threading libraries that change what is measured
+_THREADING = ("OMP_", "GOMP_", "KMP_", "MKL_")
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -43,7 +45,8 @@ def hardware() -> dict[str, Any]:
 
     Returns:
         `processor`, `cores` (logical), `threads` (that torch uses), `memory_bytes`, `memory_limit_bytes` (of the container, or
-        None), `last_level_cache_bytes` (or None), `instructions`, `system`, `load` (1-minute average).
+        None), `last_level_cache_bytes` (or None), `instructions`, `system`, `threading` (environment variables of the threading
+        libraries), `load` (1-minute average).
     """
     return {
         "processor": processor(),
@@ -54,6 +57,7 @@ def hardware() -> dict[str, Any]:
         "last_level_cache_bytes": last_level_cache_bytes(),
         "instructions": sorted(_instructions()),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "threading": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_THREADING)},
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     }
 
