@@ -83,10 +83,10 @@ def batch(session: Session, size: int, context: int, steps: int, seed: int = 0) 
 
 @dataclass(frozen=True)
 class Calls:
-    """One decode step of one sequence: op calls by name, calls of the library below them, and the sum of the ops' costs."""
+    """One decode step of one sequence: op calls by name, calls of torch below them, and the sum of the ops' costs."""
 
     ops: dict[str, int]
-    library: int
+    torch_calls: int
     cost: Cost
 
 

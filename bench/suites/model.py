@@ -174,7 +174,7 @@ def _calls(bench: Bench, about: Subject, session: Session) -> Row:
     bench.say(f"{about.name}: counting calls")
     found = calls(session, _CONTEXT, bench.seed)
     values: dict[str, Value] = {
-        "op_calls": sum(found.ops.values()), "library_calls": found.library, "by_op": dict(sorted(found.ops.items())),
+        "op_calls": sum(found.ops.values()), "library_calls": found.torch_calls, "by_op": dict(sorted(found.ops.items())),
         "read_bytes": found.cost.read_bytes, "write_bytes": found.cost.write_bytes, "flops": found.cost.flops,
     }  # fmt: skip
     note = "library calls are those of torch below the ops, views included"
