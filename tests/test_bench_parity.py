@@ -36,20 +36,13 @@ from v4sdk_bench.suites.parity_rows import judged_row
 NANO = ModelConfig.from_folder(bundled_folder())
 
 
-class Planted(Backend):
+class Planted(sides.References):
     """A backend with wrong kernels."""
 
     name = "planted"
 
     def __init__(self, **wrong: Callable[..., Any]) -> None:
         self.wrong = wrong
-
-    def unavailable(self) -> str | None:
-        return None
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu")
 
     def kernels(self) -> Sequence[Kernel[Any, Any]]:
         return [kernel(ops.OPS[name], _like(name, function)) for name, function in self.wrong.items()]

@@ -19,6 +19,7 @@ from v4sdk.backend import Backend, Kernel, kernel
 from v4sdk.config import ModelConfig, QuantizationConfig
 from v4sdk.kv_cache import KVCache, kv_bytes
 from v4sdk.presets import V4_FLASH
+from v4sdk_bench.parity.sides import References
 from v4sdk_bench.record import SPEED_ENDINGS, Record, Row
 from v4sdk_bench.speed import frontier, real_shapes
 from v4sdk_bench.speed import model as model_speed
@@ -35,7 +36,7 @@ ROOT = Path(__file__).parent.parent
 CASE = "ops/rms_norm/tiny-decode-fast"
 
 
-class Planted(Backend):
+class Planted(References):
     """The host with one planted kernel."""
 
     name = "planted"
@@ -43,13 +44,6 @@ class Planted(Backend):
 
     def __init__(self, *rows: Kernel[Any, Any]) -> None:
         self.rows = rows
-
-    def unavailable(self) -> str | None:
-        return None
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu")
 
     def kernels(self) -> Sequence[Kernel[Any, Any]]:
         return self.rows

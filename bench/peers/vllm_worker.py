@@ -54,8 +54,8 @@ class Engine:
         return np.stack([self._row(row) for row in rows])
 
     def decode(self, token: int) -> NDArray[np.float32]:
-        """Refuse."""
-        raise NotImplementedError(
+        """Refuse, until its `LLM` takes a given token at a time: without the same input there is nothing to compare."""
+        raise RuntimeError(
             "its LLM class samples by itself and cannot be fed one given token after the other"
         )
 

@@ -131,6 +131,7 @@ class Watch:
         self.bench.say(f"ops: {label}")
         # the ceilings are measured once more at the end
         if self.bench.left() < _CEILINGS_S[self.bench.quick] * 1.5:
+            # becomes a row that was not run; a run without --quick, or of this op alone, has the time for it
             self.plan.left_out[label] = "the time of this stage was used up"
             pytest.skip(self.plan.left_out[label])
 
