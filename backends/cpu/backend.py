@@ -1,16 +1,21 @@
-"""The CPU backend: any machine torch runs on. It has no kernels yet, so every op runs its reference."""
+"""The CPU backend: compiled kernels where they were built and the processor has the instructions, references elsewhere."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
-from v4sdk.backend import Backend, DoctorRow
+from v4sdk import ops
+from v4sdk.backend import Backend, DoctorRow, EngineConfig, Evidence, Kernel, kernel
+from v4sdk.config import ModelConfig
 from v4sdk.weights import ExpertWeights, Weight
 
-# below this a matrix is cheaper to read wide than to unpack on every call; every matrix of a released model is above
+from .library import Library, library
+
+# below this a matrix is cheaper for torch to read wide than to unpack on every call; every matrix of a released model is above
 _WIDEN_BELOW_BYTES = 4 << 20
 
 
@@ -18,6 +23,11 @@ class CpuBackend(Backend):
     """Tensors in main memory."""
 
     name = "cpu"
+
+    @property
+    def evidence(self) -> Evidence:  # type: ignore[override]
+        """What the results of kernels are worth: the processor is the device, and it is here."""
+        return "reference" if library() is None else "device"
 
     def unavailable(self) -> str | None:
         """Always usable: torch itself needs a CPU."""
@@ -28,19 +38,27 @@ class CpuBackend(Backend):
         """Main memory."""
         return torch.device("cpu")
 
+    def kernels(self) -> Sequence[Kernel[Any, Any]]:
+        """The table; empty where nothing was compiled."""
+        native = library()
+        return () if native is None else _table(native)
+
     def prepare_weight(self, role: str, weight: Weight) -> Weight:
-        """Widen small quantised matrices to float32 once; leave large ones mapped as they are."""
-        return _widened(weight)
+        """Leave weights mapped as they are; without kernels, widen small quantised matrices to float32 once."""
+        return weight if library() else _widened(weight)
 
     def prepare_experts(self, role: str, experts: ExpertWeights) -> ExpertWeights:
-        """Widen small experts; large ones stay mapped, and only those that are chosen are ever read."""
+        """Leave experts mapped, so that only those that are chosen are ever read; without kernels, widen small ones."""
+        if library():
+            return experts
         w1, w2, w3 = (tuple(_widened(w) for w in ws) for ws in (experts.w1, experts.w2, experts.w3))
         return ExpertWeights(w1, w2, w3, experts.packed)
 
     def doctor(self) -> Sequence[DoctorRow]:
         """Threads, instruction set, and the kernels at hand."""
+        native = library()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = torch.get_num_threads()
+        threads = torch.get_num_threads() if native is None else native.threads
         return (
             DoctorRow(
                 "threads",
@@ -49,8 +67,42 @@ class CpuBackend(Backend):
                 hint=None if threads <= cores else f"set OMP_NUM_THREADS={cores}",
             ),
             DoctorRow("instructions", torch.backends.cpu.get_cpu_capability(), ok=True),
-            DoctorRow("kernels", "none yet: every op runs its reference", ok=True),
+            _kernels_row(native),
         )
+
+
+def _kernels_row(native: Library | None) -> DoctorRow:
+    if native is None:
+        return DoctorRow(
+            "kernels",
+            "not built: every op runs its reference",
+            ok=False,
+            hint="install a C++17 compiler and run pip install --force-reinstall --no-deps on the source",
+        )
+    others = ", ".join(native.levels[1:])
+    return DoctorRow("kernels", f"level {native.level} (also here: {others})", ok=True)
+
+
+def _table(native: Library) -> Sequence[Kernel[Any, Any]]:
+    from .hyper_connection import HyperConnection
+    from .linear import Linear
+    from .norm import Norm
+
+    linear, norm, hyper = Linear(native), Norm(native), HyperConnection(native)
+    return (
+        kernel(ops.linear, linear.linear, _float64),
+        kernel(ops.logits, linear.logits, _float64),
+        kernel(ops.rms_norm, norm.rms_norm, _float64),
+        kernel(ops.hc_pre, hyper.hc_pre, _float64),
+        kernel(ops.hc_post, hyper.hc_post, _float64),
+        kernel(ops.hc_post_pre, hyper.hc_post_pre, _float64),
+        kernel(ops.hc_head, hyper.hc_head, _float64),
+    )
+
+
+def _float64(config: ModelConfig, engine: EngineConfig) -> str | None:
+    """Kernels compute in float32."""
+    return "float64 is a witness of the references" if engine.numerics.float64 else None
 
 
 def _widened(weight: Weight) -> Weight:

@@ -1,0 +1,6 @@
+// The argument blocks of all kernels.
+#pragma once
+#include "hyper_connection_call.h"
+#include "linear_call.h"
+#include "norm_call.h"
+#include "rope_call.h"

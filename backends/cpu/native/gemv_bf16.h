@@ -1,0 +1,196 @@
+// Products of packed rows with a stored matrix where the processor multiplies BF16 pairs into float32 (AVX-512 BF16 + VBMI).
+// Included inside a namespace of its level, after the target pragma.
+//
+// A float32 input is the exact sum of up to three BF16 terms, so one inner loop serves inputs that are BF16 already (one term) and
+// float32 ones (three). Every (row, token) is summed in the same order whatever the batch and the number of threads are.
+
+constexpr int kVectors = kBlock / 32;  // BF16 vectors of one block
+
+using Packed = std::uint16_t;
+
+// Which column of a 128-column block stands at place i of the operand order of an encoding: unpack works inside 128-bit lanes.
+struct Order {
+    std::uint8_t natural[kBlock], fp8[kBlock], fp4[kBlock];
+    constexpr Order() : natural(), fp8(), fp4() {
+        for (int i = 0; i < kBlock; i++) {
+            const int vector = i / 32, byte = (vector & 1) * 8 + i % 32 / 8 * 16 + i % 8;
+            natural[i] = static_cast<std::uint8_t>(i);
+            fp8[i] = static_cast<std::uint8_t>(vector / 2 * 64 + byte);
+            fp4[i] = static_cast<std::uint8_t>(2 * byte + vector / 2);
+        }
+    }
+};
+static constexpr Order order;
+
+// one block of one input row -> `terms` times kVectors vectors, zero beyond its end
+static void pack_terms(Encoding e, const float* x, std::int64_t n, int terms, Packed* out) {
+    alignas(64) float block[kBlock] = {};
+    __builtin_memcpy(block, x, static_cast<std::size_t>(n) * 4);
+    const std::uint8_t* column = e == kFp8 ? order.fp8 : e == kFp4 ? order.fp4 : order.natural;
+    for (int t = 0; t < terms; t++) {
+        alignas(64) std::uint16_t term[kBlock];
+        for (int i = 0; i < kBlock; i++) {
+            term[i] = float_bf16(block[i]);
+            block[i] -= bf16_float(term[i]);
+        }
+        for (int i = 0; i < kBlock; i++) out[t * kBlock + i] = term[column[i]];
+    }
+}
+
+struct Tables {
+    __m512i fp8_low[2], fp8_high[2], fp4_low, fp4_high;
+};
+
+static inline Tables tables() {
+    alignas(64) std::uint8_t low[128], high[128], four_low[64], four_high[64];
+    for (int code = 0; code < 128; code++) {
+        const int e = code >> 3, m = code & 7;
+        const float value = e ? bits_float(static_cast<std::uint32_t>(e + 120) << 23 | static_cast<std::uint32_t>(m) << 20)
+                              : static_cast<float>(m) * 0.001953125f;
+        const std::uint16_t h = code == 127 ? 0x7fc0 : static_cast<std::uint16_t>(float_bits(value) >> 16);
+        low[code] = static_cast<std::uint8_t>(h & 255);
+        high[code] = static_cast<std::uint8_t>(h >> 8);
+    }
+    const float e2m1[8] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
+    for (int i = 0; i < 64; i++) {
+        const std::uint16_t h = static_cast<std::uint16_t>(float_bits(e2m1[i & 7]) >> 16);
+        four_low[i] = static_cast<std::uint8_t>(h & 255);
+        four_high[i] = static_cast<std::uint8_t>(h >> 8 | ((i & 8) ? 0x80 : 0));
+    }
+    return {{_mm512_load_si512(low), _mm512_load_si512(low + 64)},
+            {_mm512_load_si512(high), _mm512_load_si512(high + 64)},
+            _mm512_load_si512(four_low),
+            _mm512_load_si512(four_high)};
+}
+
+// One block of one matrix row as BF16 operands.
+template <Encoding E>
+static inline __attribute__((always_inline)) void decode(const std::uint8_t* p, const Tables& t, __m512i w[kVectors]) {
+    if constexpr (E == kBFloat16) {
+        for (int v = 0; v < kVectors; v++) w[v] = _mm512_loadu_si512(p + 64 * v);
+    } else if constexpr (E == kFp8) {
+        const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
+        for (int half = 0; half < 2; half++) {
+            const __m512i b = _mm512_loadu_si512(p + 64 * half);
+            const __m512i lo = _mm512_permutex2var_epi8(t.fp8_low[0], b, t.fp8_low[1]);
+            __m512i hi = _mm512_permutex2var_epi8(t.fp8_high[0], b, t.fp8_high[1]);
+            hi = _mm512_ternarylogic_epi32(hi, b, sign, 0xf8);  // hi | (b & sign)
+            w[2 * half] = _mm512_unpacklo_epi8(lo, hi);
+            w[2 * half + 1] = _mm512_unpackhi_epi8(lo, hi);
+        }
+    } else {
+        const __m512i nibble = _mm512_set1_epi8(15), b = _mm512_loadu_si512(p);
+        const __m512i n[2] = {_mm512_and_si512(b, nibble), _mm512_and_si512(_mm512_srli_epi16(b, 4), nibble)};
+        for (int half = 0; half < 2; half++) {
+            const __m512i lo = _mm512_shuffle_epi8(t.fp4_low, n[half]), hi = _mm512_shuffle_epi8(t.fp4_high, n[half]);
+            w[2 * half] = _mm512_unpacklo_epi8(lo, hi);
+            w[2 * half + 1] = _mm512_unpackhi_epi8(lo, hi);
+        }
+    }
+}
+
+// The factor of every lane of a block's partial sums; `scale` is the row of scales that serves the matrix row.
+template <Encoding E, ScaleKind S>
+static inline __attribute__((always_inline)) __m512 factors(const std::uint8_t* scale, std::int64_t block, int groups) {
+    (void)groups;
+    if constexpr (E == kBFloat16) {
+        return _mm512_set1_ps(1.0f);
+    } else if constexpr (E == kFp8) {
+        if constexpr (S == kUe8m0) return _mm512_set1_ps(ue8m0(scale[block]));
+        float f;
+        __builtin_memcpy(&f, scale + 4 * block, 4);
+        return _mm512_set1_ps(f);
+    } else {
+        // four groups of 32 columns; operand order puts group g into lanes 4g..4g+3
+        const __m512i spread = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+        std::uint32_t four = 0;
+        __builtin_memcpy(&four, scale + 4 * block, static_cast<std::size_t>(groups));
+        const __m128i bytes = _mm_cvtepu8_epi32(_mm_cvtsi32_si128(static_cast<int>(four)));
+        const __m128i f = _mm_max_epi32(_mm_slli_epi32(bytes, 23), _mm_set1_epi32(0x00400000));
+        return _mm512_castsi512_ps(_mm512_permutexvar_epi32(spread, _mm512_castsi128_si512(f)));
+    }
+}
+
+static inline __attribute__((always_inline)) __m512 dot(const __m512i w[kVectors], const std::uint16_t* x, int terms) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int t = 0; t < terms; t++)
+        for (int v = 0; v < kVectors; v++)
+            sum = _mm512_dpbf16_ps(sum, (__m512bh)w[v], (__m512bh)_mm512_load_si512(x + t * kBlock + 32 * v));
+    return sum;
+}
+
+// emit(token, row, values, count) for rows [begin, end) and all tokens of packed input
+template <Encoding E, ScaleKind S, int Terms, class Emit>
+static void rows_with(const Matrix& m, std::int64_t begin, std::int64_t end, const Packed* x, std::int64_t x_stride,
+                      std::int64_t tokens, Emit emit) {
+    const Tables t = tables();
+    const std::int64_t blocks = blocks_of(m.cols), whole = m.cols / kBlock, per_block = block_bytes(E);
+    const std::size_t rest = static_cast<std::size_t>(m.row_bytes - whole * per_block);
+    constexpr int kRows = 4;
+    alignas(64) std::uint8_t tail[kRows][256] = {};
+    std::int64_t row = begin;
+    if (tokens == 1)
+        for (; row + kRows <= end; row += kRows) {
+            __m512 total[kRows];
+            const std::uint8_t *p[kRows], *scale[kRows];
+            for (int r = 0; r < kRows; r++) {
+                total[r] = _mm512_setzero_ps();
+                p[r] = m.data + (row + r) * m.row_bytes;
+                scale[r] = S == kNoScale ? nullptr : m.scale + (row + r) / m.tile_rows * m.scale_row_bytes;
+            }
+            for (std::int64_t b = 0; b < whole; b++)
+#pragma GCC unroll 4
+                for (int r = 0; r < kRows; r++) {
+                    __m512i w[kVectors];
+                    _mm_prefetch(reinterpret_cast<const char*>(p[r] + b * per_block) + 1024, _MM_HINT_T0);
+                    decode<E>(p[r] + b * per_block, t, w);
+                    total[r] = _mm512_fmadd_ps(dot(w, x + b * Terms * kBlock, Terms), factors<E, S>(scale[r], b, 4), total[r]);
+                }
+            float found[kRows];
+            for (int r = 0; r < kRows; r++) {
+                if (whole < blocks) {
+                    __m512i w[kVectors];
+                    __builtin_memcpy(tail[r], p[r] + whole * per_block, rest);
+                    decode<E>(tail[r], t, w);
+                    const int groups = static_cast<int>((m.cols - whole * kBlock + 31) / 32);
+                    total[r] = _mm512_fmadd_ps(dot(w, x + whole * Terms * kBlock, Terms), factors<E, S>(scale[r], whole, groups), total[r]);
+                }
+                found[r] = _mm512_reduce_add_ps(total[r]);
+            }
+            emit(0, row, found, kRows);
+        }
+    constexpr std::int64_t kTokens = 32;
+    for (; row < end; row++) {
+        const std::uint8_t* scale = S == kNoScale ? nullptr : m.scale + row / m.tile_rows * m.scale_row_bytes;
+        for (std::int64_t t0 = 0; t0 < tokens; t0 += kTokens) {
+            const std::int64_t n = tokens - t0 < kTokens ? tokens - t0 : kTokens;
+            __m512 total[kTokens];
+            for (std::int64_t i = 0; i < n; i++) total[i] = _mm512_setzero_ps();
+            for (std::int64_t b = 0; b < blocks; b++) {
+                const std::uint8_t* p = m.data + row * m.row_bytes + b * per_block;
+                int groups = 4;
+                if (b == whole) {  // never read past the end of a row: it may be the end of the mapped file
+                    __builtin_memcpy(tail[0], p, rest);
+                    p = tail[0];
+                    groups = static_cast<int>((m.cols - whole * kBlock + 31) / 32);
+                }
+                __m512i w[kVectors];
+                decode<E>(p, t, w);
+                const __m512 f = factors<E, S>(scale, b, groups);
+                for (std::int64_t i = 0; i < n; i++)
+                    total[i] = _mm512_fmadd_ps(dot(w, x + (t0 + i) * x_stride + b * Terms * kBlock, Terms), f, total[i]);
+            }
+            for (std::int64_t i = 0; i < n; i++) {
+                const float found = _mm512_reduce_add_ps(total[i]);
+                emit(t0 + i, row, &found, 1);
+            }
+        }
+    }
+}
+
+template <Encoding E, ScaleKind S, class Emit>
+static void rows_of_terms(const Matrix& m, std::int64_t begin, std::int64_t end, const Packed* x, std::int64_t x_stride,
+                          std::int64_t tokens, int terms, Emit emit) {
+    if (terms == 1) rows_with<E, S, 1>(m, begin, end, x, x_stride, tokens, emit);
+    else rows_with<E, S, 3>(m, begin, end, x, x_stride, tokens, emit);
+}

@@ -1,0 +1,26 @@
+// All kernels of one level. A level's file defines its name and its instructions, then includes this inside its namespace. The texts
+// use nothing of the standard library: an inline function that two levels share could be taken from the one this processor lacks.
+#include "simd.h"
+#include "rows.h"
+#include "gemv_f32.h"
+#if defined(V4_BF16)
+#include "gemv_bf16.h"
+#endif
+#include "product.h"
+#include "rope.h"
+#include "cache.h"
+#include "linear.h"
+#include "norm.h"
+#include "hyper_connection.h"
+
+#define V4_KERNEL(body, Layout, Call) {#body, body, scratch_of<Layout, Call>, sizeof(Call)}
+#define V4_KERNEL_WITHOUT_SCRATCH(body, Call) {#body, body, nullptr, sizeof(Call)}
+extern const Kernel kernels[];
+const Kernel kernels[] = {
+    V4_KERNEL(linear, LinearLayout, LinearCall),
+    V4_KERNEL(rms_norm, NormLayout, NormCall),
+    V4_KERNEL(hyper, HyperLayout, HyperCall),
+    V4_KERNEL_WITHOUT_SCRATCH(rope_table, RopeTableCall),
+    V4_KERNEL_WITHOUT_SCRATCH(feed, FeedCall),
+    {nullptr, nullptr, nullptr, 0},
+};

@@ -1,0 +1,15 @@
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "calls.h"
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+#define V4_AVX512 1
+namespace v4 {
+namespace avx512 {
+#include "kernels.h"
+}
+}  // namespace v4
+#endif

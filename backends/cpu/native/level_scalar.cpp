@@ -1,0 +1,10 @@
+#include <cstddef>
+#include <cstdint>
+
+#include "calls.h"
+
+namespace v4 {
+namespace scalar {
+#include "kernels.h"
+}
+}  // namespace v4

@@ -1,0 +1,34 @@
+// One team of threads for all kernels: fork-join by spinning at most 100 microseconds, then sleeping on a futex.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace v4 {
+
+// What a kernel sees of its team. `barrier` waits for every member; the work between two barriers may read what was written
+// before the first.
+struct Team {
+    int rank;
+    int size;
+    void barrier() const;
+};
+
+using Body = void (*)(const void* arguments, const Team& team);
+
+// Sets the size of the team; its threads start with the next call, and pool_resize(1) ends them. The caller is member 0.
+void pool_resize(int threads);
+int pool_size();
+// Processors the team may run on, member by member, repeated as needed; none: wherever the system puts them.
+void pool_affinity(const int* processors, int count);
+// One call at a time: the caller holds the lock of the library.
+void pool_run(Body body, const void* arguments);
+
+// rows [begin, end) of member `rank` when `count` units of `unit` rows are dealt evenly
+struct Span {
+    std::int64_t begin, end;
+};
+static inline Span share(std::int64_t count, const Team& team) {
+    return {count * team.rank / team.size, count * (team.rank + 1) / team.size};
+}
+
+}  // namespace v4

@@ -1,0 +1,73 @@
+// y = x . weight^T for a stored matrix: packing of the tokens, and the products of packed tokens. Included inside the level's namespace.
+//
+// `terms` says how tokens are packed: 0 as float32, 1 as BF16, 3 as three BF16 values whose sum is the float32 value exactly.
+
+constexpr std::int64_t kFewTokens = 32;  // up to here a token's result does not depend on the others: a decode step
+
+// does this level multiply BF16 pairs, and does this matrix lend itself to it
+V4_INLINE int terms_for(const Matrix& m, Encoding x, bool q8) {
+#if defined(V4_BF16)
+    return m.encoding == kFloat32 ? 0 : x == kBFloat16 || q8 ? 1 : 3;
+#else
+    (void)m, (void)x, (void)q8;
+    return 0;
+#endif
+}
+
+V4_INLINE std::int64_t packed_row_bytes(const Matrix& m, int terms) { return blocks_of(m.cols) * kBlock * (terms ? 2 * terms : 4); }
+V4_INLINE std::int64_t packed_bytes(const Matrix& m, std::int64_t tokens, int terms) { return tokens * packed_row_bytes(m, terms); }
+
+// One block of `n` <= 128 values of one token (the rest is zero), at block `b` of the token's packed row.
+V4_INLINE void pack_values(const Matrix& m, const float* values, std::int64_t n, std::int64_t b, int terms, char* packed_row) {
+#if defined(V4_BF16)
+    if (terms) {
+        pack_terms(m.encoding, values, n, terms, reinterpret_cast<Packed*>(packed_row) + b * kBlock * terms);
+        return;
+    }
+#endif
+    (void)m, (void)terms;
+    float* out = reinterpret_cast<float*>(packed_row) + b * kBlock;
+    std::int64_t i = 0;
+    for (; i < n; i++) out[i] = values[i];
+    for (; i < kBlock; i++) out[i] = 0;
+}
+
+V4_INLINE Rows columns(const Rows& x, std::int64_t first) {
+    return Rows{static_cast<char*>(x.data) + first * (x.dtype == kBFloat16 ? 2 : 4), x.stride, x.dtype, 0};
+}
+
+// Pack tokens [.., cols] of `x` in the order this matrix is read in, the team sharing the blocks; a barrier must follow.
+static void pack(const Rows& x, std::int64_t tokens, const Matrix& m, bool q8, int terms, char* out, const Team& team) {
+    const std::int64_t blocks = blocks_of(m.cols), row_bytes = packed_row_bytes(m, terms);
+    const Span mine = share(tokens * blocks, team);
+    alignas(64) float block[kBlock];
+    for (std::int64_t at = mine.begin; at < mine.end; at++) {
+        const std::int64_t token = at / blocks, b = at % blocks, left = m.cols - b * kBlock, n = left < kBlock ? left : kBlock;
+        read_row(columns(x, b * kBlock), token, n, block);
+        if (q8) q8_round(block, n);
+        pack_values(m, block, n, b, terms, out + token * row_bytes);
+    }
+}
+
+// emit(token, row, values, count): `count` consecutive rows of one token, for rows [begin, end) of a stored matrix
+template <class Emit>
+static void multiply(const Matrix& m, std::int64_t begin, std::int64_t end, const char* packed, std::int64_t tokens, int terms,
+                     Emit emit) {
+    const std::int64_t stride = packed_row_bytes(m, terms) / (terms ? 2 : 4);
+#if defined(V4_BF16)
+    if (terms) {
+        const Packed* x = reinterpret_cast<const Packed*>(packed);
+        if (m.encoding == kFp8 && m.scale_kind == kUe8m0) rows_of_terms<kFp8, kUe8m0>(m, begin, end, x, stride, tokens, terms, emit);
+        else if (m.encoding == kFp8) rows_of_terms<kFp8, kScaleFloat32>(m, begin, end, x, stride, tokens, terms, emit);
+        else if (m.encoding == kFp4) rows_of_terms<kFp4, kUe8m0>(m, begin, end, x, stride, tokens, terms, emit);
+        else rows_of_terms<kBFloat16, kNoScale>(m, begin, end, x, stride, tokens, terms, emit);
+        return;
+    }
+#endif
+    const float* x = reinterpret_cast<const float*>(packed);
+    if (m.encoding == kFp8 && m.scale_kind == kUe8m0) rows_of_floats<kFp8, kUe8m0>(m, begin, end, x, stride, tokens, emit);
+    else if (m.encoding == kFp8) rows_of_floats<kFp8, kScaleFloat32>(m, begin, end, x, stride, tokens, emit);
+    else if (m.encoding == kFp4) rows_of_floats<kFp4, kUe8m0>(m, begin, end, x, stride, tokens, emit);
+    else if (m.encoding == kBFloat16) rows_of_floats<kBFloat16, kNoScale>(m, begin, end, x, stride, tokens, emit);
+    else rows_of_floats<kFloat32, kNoScale>(m, begin, end, x, stride, tokens, emit);
+}
