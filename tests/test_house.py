@@ -54,7 +54,7 @@ NO_TORCH = set(
 )
 VENDOR_WORDS = re.compile(r"(?<![a-z])(cuda|npu|ascend|triton|nvidia|huawei)(?![a-z])", re.IGNORECASE)
 VOCABULARY = """embed hc_pre hc_post hc_post_pre hc_head rms_norm linear q_project kv_project_store compress index_query
-    index_topk sparse_attn grouped_out route route_hash routed_experts shared_expert logits sample""".split()
+    index_topk sparse_attn grouped_out route route_hash routed_experts shared_expert logits sample rope_table feed""".split()
 
 
 def sources(folder: str) -> list[Path]:

@@ -74,7 +74,9 @@ def decode_step(
         batch = Batch(**{n: forget(mode, v) for n, v in vars(batch).items()})
         settings = tuple(forget(mode, v) for v in settings)
     logits = model.logits(model.forward(batch, kv))
-    return logits, table[o.sample](logits, None, settings[1], *settings, 4)[0]
+    token = table[o.sample](logits, None, settings[1], *settings, 4)[0]
+    table[o.feed](token, batch.token_ids, batch.positions)
+    return logits, token
 
 
 def forget(mode: Any, value: Any) -> Any:

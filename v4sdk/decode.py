@@ -127,7 +127,7 @@ class Sampler:
 class DecodeStep:
     """Feeds one pending token per sequence and draws the next, over buffers that keep their addresses.
 
-    Valid until a sequence needs a new page or the set of sequences changes.
+    Valid until a sequence needs a new page, the cache moves, or the set of sequences changes.
     """
 
     def __init__(
@@ -145,8 +145,14 @@ class DecodeStep:
         page = cache.page_tokens
         # steps until the first sequence has filled its last page
         self.steps_left = min(len(s.rows.pages) * page - s.num_cached for s in states)
+        self._generation = cache.generation
         self._drawn: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self._replay = backend.record(self.advance)
+
+    @property
+    def is_spent(self) -> bool:
+        """A step must be made anew: a page is full, or the cache has moved under the recorded addresses."""
+        return self.steps_left == 0 or self._generation != self._cache.generation
 
     @property
     def batch(self) -> Batch:
@@ -169,8 +175,7 @@ class DecodeStep:
             for kept, new in zip(self._drawn, drawn, strict=True):
                 kept.copy_(new)
         # the next step feeds what this one drew
-        self._batch.token_ids.copy_(drawn[0])
-        self._batch.positions.add_(1)
+        self._model.ops[o.feed](self._drawn[0], self._batch.token_ids, self._batch.positions)
 
     def run(self) -> list[TokenLogprob]:
         """Advance every sequence by one token and append what was drawn."""

@@ -107,6 +107,8 @@ class KVCache:
         self.specs = config.layers if layers is None else layers
         self._admit = admit
         self._num_slots = self._num_pages = 0
+        # counts the times tensors have moved: addresses kept from before are stale
+        self.generation = 0
         self._free_slots: list[int] = []
         self._free_pages: list[int] = []
         self.layers = [self._empty_layer(spec) for spec in self.specs]
@@ -224,6 +226,7 @@ class KVCache:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
 
     def _grow_slots(self, more: int) -> None:
+        self.generation += 1
         for cache in self.layers:
             for name, tensor in cache.fixed().items():
                 setattr(cache, name, self._extended(tensor, more))
@@ -234,6 +237,7 @@ class KVCache:
         tensors = [tensor for cache in self.layers for tensor in cache.paged().values()]
         largest = max((t.nbytes for t in tensors), default=0)
         self._admit(sum(more * t[0].nbytes for t in tensors) + largest)
+        self.generation += 1
         # one tensor at a time, so the transient copy is one layer's rows
         for cache in self.layers:
             for name, tensor in cache.paged().items():

@@ -14,7 +14,7 @@ from v4sdk.numerics import Numerics
 from v4sdk.ops.batch import Batch
 from v4sdk.ops.op import REFERENCES, OpTable
 from v4sdk.ops.precision import activation_dtype
-from v4sdk.ops.rope import inv_freq, rope_table
+from v4sdk.ops.rope import inv_freq
 from v4sdk.weights import ExpertWeights, Weight, WeightSource
 
 Observer = Callable[[str, Tensor], None]
@@ -255,7 +255,7 @@ class V4Model:
     ) -> Tensor:  # fmt: skip
         """Run consecutive blocks on streams [T, M, N]; `observe(name, tensor)` sees intermediate values."""
         ops, c = self.ops, self.config
-        tables = {spec: rope_table(batch.positions, inv) for spec, inv in self._inv.items()}
+        tables = {spec: ops[o.rope_table](batch.positions, inv) for spec, inv in self._inv.items()}
         hyper = blocks[0].hc_attn
         settings = (c.hc_sinkhorn_iters, c.rms_norm_eps, c.hc_eps)
         u, post, comb = ops[o.hc_pre](x, hyper.fn, hyper.base, hyper.scale, *settings)

@@ -97,7 +97,7 @@ class Scheduler:
                 if self._cancelled():
                     yield from self._stop_all()
                     return
-                if step is None or step.steps_left == 0:
+                if step is None or step.is_spent:
                     step = self._decode_step()
                 running = list(self._running)
                 tokens = self._engine.decode(step, [r.state for r in running])

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from v4sdk.ops.batch import Batch
 from v4sdk.weights import Weight
+
+T = TypeVar("T")
 
 _FLOATS = {torch.float32: 0, torch.bfloat16: 1}
 _FP8, _FP4 = 2, 3
@@ -97,10 +99,12 @@ def result(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Te
     return torch.empty(shape, dtype=dtype)
 
 
-def deliver(out: Any, made: Any) -> Any:
-    """Give `made`, or `out` after copying what is not there already."""
-    if out is None:
-        return made
+def deliver(out: T | None, made: T) -> T:
+    """Give `made`, or `out` (a tensor or a tuple of them) after copying what is not there already."""
+    return made if out is None else _fill(out, made)
+
+
+def _fill(out: Any, made: Any) -> Any:
     if isinstance(made, tuple):
-        return tuple(deliver(o, m) for o, m in zip(out, made, strict=True))
+        return tuple(_fill(o, m) for o, m in zip(out, made, strict=True))
     return out if out is made else out.copy_(made)

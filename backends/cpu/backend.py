@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from v4sdk.config import ModelConfig
 from v4sdk.weights import ExpertWeights, Weight
 
 from .library import Library, library
+from .record import RecordedStep
 
 # below this a matrix is cheaper for torch to read wide than to unpack on every call; every matrix of a released model is above
 _WIDEN_BELOW_BYTES = 4 << 20
@@ -54,6 +55,11 @@ class CpuBackend(Backend):
         w1, w2, w3 = (tuple(_widened(w) for w in ws) for ws in (experts.w1, experts.w2, experts.w3))
         return ExpertWeights(w1, w2, w3, experts.packed)
 
+    def record(self, step: Callable[[], None]) -> Callable[[], None]:
+        """Replay a step from argument blocks bound once."""
+        native = library()
+        return step if native is None else RecordedStep(native, step)
+
     def doctor(self) -> Sequence[DoctorRow]:
         """Threads, instruction set, and the kernels at hand."""
         native = library()
@@ -84,12 +90,19 @@ def _kernels_row(native: Library | None) -> DoctorRow:
 
 
 def _table(native: Library) -> Sequence[Kernel[Any, Any]]:
+    from .embedding import Embedding
     from .hyper_connection import HyperConnection
     from .linear import Linear
     from .norm import Norm
+    from .sample import Sample
 
+    embedding, sample = Embedding(native), Sample(native)
     linear, norm, hyper = Linear(native), Norm(native), HyperConnection(native)
     return (
+        kernel(ops.embed, embedding.embed, _float64),
+        kernel(ops.rope_table, embedding.rope_table),
+        kernel(ops.sample, sample.sample),
+        kernel(ops.feed, sample.feed),
         kernel(ops.linear, linear.linear, _float64),
         kernel(ops.logits, linear.logits, _float64),
         kernel(ops.rms_norm, norm.rms_norm, _float64),

@@ -57,8 +57,7 @@ class HyperConnection:
         post, comb = result(post, (t, m), torch.float32), result(comb, (t, m, m), torch.float32)
         self._run(x.contiguous(), mix=(fn, base, scale), u=u, made=(post, comb), iterations=iterations,
                   norm_eps=norm_eps, hc_eps=hc_eps)  # fmt: skip
-        made: tuple[Tensor, Tensor, Tensor] = deliver(out, (u, post, comb))
-        return made
+        return deliver(out, (u, post, comb))
 
     def hc_post(self, y: Tensor, x: Tensor, post: Tensor, comb: Tensor, out: Tensor | None = None) -> Tensor:
         """See `v4sdk.ops.hc_post`."""
@@ -80,8 +79,7 @@ class HyperConnection:
             x.contiguous(), write=(y, post, comb, streams), mix=(fn, base, scale), u=u, made=(next_post, next_comb),
             norm=norm_weight, iterations=iterations, norm_eps=norm_eps, hc_eps=hc_eps,
         )  # fmt: skip
-        made: tuple[Tensor, Tensor, Tensor, Tensor] = deliver(out, (streams, u, next_post, next_comb))
-        return made
+        return deliver(out, (streams, u, next_post, next_comb))
 
     def hc_head(
         self, x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_eps: float, hc_eps: float,

@@ -8,7 +8,9 @@ from torch import Tensor
 from .arguments import Rows, deliver, float32, int32, int64, result, rows, structure
 from .library import Library
 
-NormCall = structure("NormCall", ("x weight y", Rows), ("tokens width", int64), ("eps", float32), ("unused", int32))
+NormCall = structure(
+    "NormCall", ("x weight y", Rows), ("tokens width", int64), ("eps", float32), ("unused", int32)
+)
 
 
 class Norm:

@@ -174,7 +174,7 @@ class Reader:
             for state, token in zip(states, tokens, strict=True):
                 del state.ids[state.num_cached :]
                 state.ids.append(token)
-            if step is None or not step.steps_left:
+            if step is None or step.is_spent:
                 step = self.engine.decode_step(states, sampler)
             else:
                 # the step would feed what it drew; the text is given

@@ -65,7 +65,7 @@ class Engine:
         # what the step drew itself gives way to the token that everybody reads
         del state.ids[state.num_cached :]
         state.ids.append(token)
-        if self.step is None or self.step.steps_left == 0:
+        if self.step is None or self.step.is_spent:
             params = [SamplingParams(temperature=0.0)]
             sampler = Sampler(params, [state], [None], self.config.vocab_size, self.engine.cache.device)
             self.step = self.engine.decode_step([state], sampler)

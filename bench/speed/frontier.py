@@ -170,7 +170,7 @@ def probe(engine: Engine, states: Sequence[SequenceState], count: int) -> Probe:
 
     for _ in range(count):
         began = time.perf_counter()
-        if step is None or step.steps_left == 0:
+        if step is None or step.is_spent:
             step = engine.decode_step(states, sampler)
         if device.type == "cpu":
             decode()

@@ -77,7 +77,9 @@ def hc_post(y: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
 
 
 # the mixes are computed from streams as stored: one BF16 stream value that fell on the other side moves them all a little
-_AFTER_BF16 = Tolerance(2e-4, 2e-4, "float32 sums over values of which one may be rounded to the other BF16 neighbour")
+_AFTER_BF16 = Tolerance(
+    2e-4, 2e-4, "float32 sums over values of which one may be rounded to the other BF16 neighbour"
+)
 
 
 @fused_op(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from v4sdk.config import RopeSpec
+from v4sdk.ops.op import Case, Cost, Tolerance, op
 from v4sdk.ops.precision import wide
 from v4sdk.quant import split_last
 
@@ -38,13 +41,43 @@ def _dimension(spec: RopeSpec, turns: float, rope_dim: int) -> float:
     return rope_dim * math.log(spec.original_context / (turns * 2 * math.pi)) / (2 * math.log(spec.base))
 
 
+def _inputs() -> Iterator[Case]:
+    plain, stretched = RopeSpec(10000.0), RopeSpec(160000.0, 16.0, 65536)
+    for scale, spec, dim, positions in (
+        ("tiny", plain, 64, (0, 1, 127)),
+        ("odd", stretched, 6, (9, 300)),
+        ("edge", stretched, 64, ()),
+        ("edge", stretched, 64, (1_048_575,)),
+        ("flash", stretched, 64, tuple(range(4096))),
+        ("pro", stretched, 64, (1_000_000,)),
+    ):
+        label = f"{spec.base:g}-{dim}-{len(positions)}-tokens-to-{max(positions, default=0)}"
+        yield Case(label, _maker(spec, dim, positions), scale)
+
+
+def _maker(spec: RopeSpec, dim: int, positions: tuple[int, ...]) -> Any:
+    def make(device: torch.device) -> dict[str, Any]:
+        placed = torch.tensor(positions, dtype=torch.int32, device=device)
+        return {"positions": placed, "inv": inv_freq(spec, dim, device)}
+
+    return make
+
+
+def _cost(positions: Tensor, inv: Tensor) -> Cost:
+    return Cost(positions.nbytes + inv.nbytes, positions.shape[0] * 2 * inv.nbytes, 0)
+
+
+_F32 = Tolerance(1e-6, 1e-6, "float32 sine and cosine of one float32 angle, each within an ulp or two")
+
+
+@op(inputs=_inputs, tolerances={torch.float32: _F32}, cost=_cost)
 def rope_table(positions: Tensor, inv: Tensor) -> Tensor:
-    """Cosines and sines of every position.
+    """Give cosines and sines of every position.
 
     The angle is the float32 product; more exact angles disagree with the reference at long range.
 
     Shapes:
-        positions [T] int, inv [r / 2] float32 -> [T, r] float32, cosines first
+        positions [T] int32, inv [r / 2] float32 -> [T, r] float32, cosines first
     """
     angle = positions.float()[:, None] * inv
     return torch.cat((angle.cos(), angle.sin()), -1)

@@ -1,4 +1,4 @@
-"""From logits to one token per row, without reading a value on the host."""
+"""From logits to one token per row, and on to the next step, without reading a value on the host."""
 
 from __future__ import annotations
 
@@ -113,3 +113,35 @@ def _draw(
     at = (summed <= uniform[:, None] * summed[:, -1:]).sum(-1)
     last = (p > 0).sum(-1) - 1
     return ids.gather(-1, torch.minimum(at, last)[:, None])[:, 0]
+
+
+def _feed_inputs() -> Iterator[Case]:
+    for scale, rows in (("tiny", 1), ("odd", 3), ("edge", 0), ("flash", 8), ("pro", 32)):
+        yield Case(f"{rows}-rows", _feed_maker(rows), scale)
+
+
+def _feed_maker(rows: int) -> Any:
+    def make(device: torch.device) -> dict[str, Any]:
+        ids = torch.arange(rows, device=device)
+        return {
+            "drawn": ids + 5,
+            "token_ids": ids,
+            "positions": torch.arange(rows, dtype=torch.int32, device=device) * 7,
+        }
+
+    return make
+
+
+def _feed_cost(drawn: Tensor, token_ids: Tensor, positions: Tensor) -> Cost:
+    return Cost(drawn.nbytes + positions.nbytes, token_ids.nbytes + positions.nbytes, 0)
+
+
+@op(inputs=_feed_inputs, mutates=("token_ids", "positions"), cost=_feed_cost)
+def feed(drawn: Tensor, token_ids: Tensor, positions: Tensor) -> None:
+    """Make what was drawn the next step's input, one position further: the link that lets a step be replayed.
+
+    Shapes:
+        drawn [T] i64, token_ids [T] i64, positions [T] i32
+    """
+    token_ids.copy_(drawn)
+    positions.add_(1)

@@ -1,6 +1,8 @@
 // The argument blocks of all kernels.
 #pragma once
+#include "embedding_call.h"
 #include "hyper_connection_call.h"
 #include "linear_call.h"
 #include "norm_call.h"
 #include "rope_call.h"
+#include "sample_call.h"

@@ -12,6 +12,8 @@
 #include "linear.h"
 #include "norm.h"
 #include "hyper_connection.h"
+#include "embedding.h"
+#include "sample.h"
 
 #define V4_KERNEL(body, Layout, Call) {#body, body, scratch_of<Layout, Call>, sizeof(Call)}
 #define V4_KERNEL_WITHOUT_SCRATCH(body, Call) {#body, body, nullptr, sizeof(Call)}
@@ -22,5 +24,7 @@ const Kernel kernels[] = {
     V4_KERNEL(hyper, HyperLayout, HyperCall),
     V4_KERNEL_WITHOUT_SCRATCH(rope_table, RopeTableCall),
     V4_KERNEL_WITHOUT_SCRATCH(feed, FeedCall),
+    V4_KERNEL_WITHOUT_SCRATCH(embed, EmbedCall),
+    V4_KERNEL(sample, SampleLayout, SampleCall),
     {nullptr, nullptr, nullptr, 0},
 };
