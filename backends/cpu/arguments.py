@@ -99,9 +99,10 @@ def result(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Te
     return torch.empty(shape, dtype=dtype)
 
 
-def deliver(out: T | None, made: T) -> T:
+def deliver(out: Any, made: T) -> T:
     """Give `made`, or `out` (a tensor or a tuple of them) after copying what is not there already."""
-    return made if out is None else _fill(out, made)
+    filled: T = made if out is None else _fill(out, made)
+    return filled
 
 
 def _fill(out: Any, made: Any) -> Any:

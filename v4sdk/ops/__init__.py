@@ -17,8 +17,9 @@ from v4sdk.ops.rope import rope_table
 from v4sdk.ops.sample import feed, sample
 
 _ALL: tuple[Op[Any, Any], ...] = (
-    embed, rope_table, hc_pre, hc_post, hc_post_pre, hc_head, rms_norm, linear, q_project, kv_project_store, compress, index_query,
-    index_topk, sparse_attn, grouped_out, route, route_hash, routed_experts, shared_expert, logits, sample, feed,
+    embed, rope_table, hc_pre, hc_post, hc_post_pre, hc_head, rms_norm, linear, q_project, kv_project_store, compress,
+    index_query, index_topk, sparse_attn, grouped_out, route, route_hash, routed_experts, shared_expert, logits, sample,
+    feed,
 )  # fmt: skip
 OPS: dict[str, Op[Any, Any]] = {op.name: op for op in _ALL}
 
