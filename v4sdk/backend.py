@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
@@ -80,6 +81,55 @@ class DoctorRow:
     hint: str | None = None
 
 
+@dataclass(frozen=True)
+class PagingUsage:
+    """What the paging of experts has done since the model was loaded.
+
+    Attributes:
+        hits, misses: choices of an expert that was in memory, and that was not. evictions: experts dropped for others.
+        read_bytes: of experts that were not in memory. read_s: spent waiting for them.
+        resident_bytes: of experts in memory now, budget_bytes at most.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+    read_bytes: int = 0
+    read_s: float = 0.0
+    resident_bytes: int = 0
+    budget_bytes: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of choices that were in memory."""
+        return self.hits / max(1, self.hits + self.misses)
+
+    @property
+    def disk_bytes_per_s(self) -> float:
+        """How fast experts came while nothing else was done: the ceiling the disk sets."""
+        return self.read_bytes / self.read_s if self.read_s else 0.0
+
+
+class ExpertPaging(ABC):
+    """Keeps a bounded part of the routed experts in memory and reads the others when they are chosen."""
+
+    @abstractmethod
+    def prepare_weight(self, role: str, weight: Weight) -> Weight:
+        """Lay out a weight that is no routed expert's, in place of `Backend.prepare_weight`: at no more bytes than stored."""
+
+    @abstractmethod
+    def prepare_experts(self, role: str, experts: ExpertWeights) -> ExpertWeights:
+        """Lay out the experts of one layer, in place of `Backend.prepare_experts`."""
+
+    @abstractmethod
+    def around(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Give a `routed_experts` that has the chosen experts in memory when it calls `function`."""
+
+    @abstractmethod
+    def usage(self) -> PagingUsage:
+        """What has happened so far."""
+
+
 class Backend(ABC):
     """A device's functions, memory and name. Three members are required, the others have defaults.
 
@@ -88,6 +138,7 @@ class Backend(ABC):
         api: the `API_VERSION` this backend was written against.
         priority: `auto` takes the available backend with the highest; 0 is the plain CPU.
         evidence: the strongest evidence this backend's results carry on this machine.
+        pages_experts: whether `page_experts` works here.
         known_gaps: `op/case` to cause, for conformance cases known to fail; an unexpected pass is a failure.
     """
 
@@ -95,6 +146,7 @@ class Backend(ABC):
     api: int = API_VERSION
     priority: int = 0
     evidence: Evidence = "reference"
+    pages_experts: bool = False
     known_gaps: Mapping[str, str] = {}
 
     @abstractmethod
@@ -129,6 +181,10 @@ class Backend(ABC):
             return moved
         return ExpertWeights(packed=(stack(moved.w1), stack(moved.w2), stack(moved.w3)))
 
+    def page_experts(self, budget_bytes: int) -> ExpertPaging:
+        """Page the routed experts of one model, at most `budget_bytes` of them in memory (optional, see `pages_experts`)."""
+        raise NotImplementedError(f"backend `{self.name}` cannot page experts")
+
     def place(self, tensor: Tensor) -> Tensor:
         """Bring a plain tensor to the device (optional)."""
         return tensor.to(self.device)
@@ -136,6 +192,10 @@ class Backend(ABC):
     def record(self, step: Callable[[], None]) -> Callable[[], None]:
         """Give a function that replays a decode step from fixed buffers (optional; default: the step itself)."""
         return step
+
+    def hollow(self) -> AbstractContextManager[None] | None:
+        """While entered, kernels do nothing, so that a benchmark sees the host's share of a step (optional; None: unknown)."""
+        return None
 
     def synchronize(self) -> None:  # noqa: B027 - optional by contract, a host has nothing to wait for
         """Wait for the device (optional)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -153,6 +153,11 @@ class DecodeStep:
     def is_spent(self) -> bool:
         """A step must be made anew: a page is full, or the cache has moved under the recorded addresses."""
         return self.steps_left == 0 or self._generation != self._cache.generation
+
+    @property
+    def replay(self) -> Callable[[], None]:
+        """What the backend made of the step."""
+        return self._replay
 
     @property
     def batch(self) -> Batch:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 from v4sdk import ops
-from v4sdk.backend import Backend, DoctorRow, EngineConfig, Evidence, Kernel, kernel
+from v4sdk.backend import Backend, DoctorRow, EngineConfig, Evidence, ExpertPaging, Kernel, kernel
 from v4sdk.config import ModelConfig
 from v4sdk.weights import ExpertWeights, Weight
 
-from .library import Library, library
+from .identity import identity
+from .library import EMPTY_LEVEL, Library, library
 from .record import RecordedStep
+from .residency import CAN_PAGE, Residency, doctor_row
 
 # below this a matrix is cheaper for torch to read wide than to unpack on every call; every matrix of a released model is above
 _WIDEN_BELOW_BYTES = 4 << 20
@@ -24,6 +27,7 @@ class CpuBackend(Backend):
     """Tensors in main memory."""
 
     name = "cpu"
+    pages_experts = CAN_PAGE
 
     @property
     def evidence(self) -> Evidence:  # type: ignore[override]
@@ -60,6 +64,20 @@ class CpuBackend(Backend):
         native = library()
         return step if native is None else RecordedStep(native, step)
 
+    def hollow(self) -> AbstractContextManager[None] | None:
+        """Run the level whose kernels do nothing."""
+        native = library()
+        return None if native is None else native.at_level(EMPTY_LEVEL)
+
+    def identity(self) -> Mapping[str, str | float] | None:
+        """The processor, where its own kernels run."""
+        native = library()
+        return None if native is None else identity(native)
+
+    def page_experts(self, budget_bytes: int) -> ExpertPaging:
+        """Map the routed experts and keep `budget_bytes` of them in memory."""
+        return Residency(budget_bytes, library())
+
     def doctor(self) -> Sequence[DoctorRow]:
         """Threads, instruction set, and the kernels at hand."""
         native = library()
@@ -74,6 +92,7 @@ class CpuBackend(Backend):
             ),
             DoctorRow("instructions", torch.backends.cpu.get_cpu_capability(), ok=True),
             _kernels_row(native),
+            doctor_row(native),
         )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,8 @@ from v4sdk.errors import ConfigError, MemoryRefused
 LEVEL_VARIABLE = "V4SDK_CPU_LEVEL"
 THREADS_VARIABLE = "V4SDK_CPU_THREADS"
 AFFINITY_VARIABLE = "V4SDK_CPU_AFFINITY"
+# kernels that do nothing: what is left of a step's time is this package's own
+EMPTY_LEVEL = "empty"
 
 
 class Call(ctypes.Structure):
@@ -85,12 +88,22 @@ class Library:
         Raises:
             ConfigError: if this processor lacks it.
         """
-        if level not in self.levels:
+        if level not in (*self.levels, EMPTY_LEVEL):
             raise ConfigError(
                 f"instruction level `{level}` is not available, this processor has {', '.join(self.levels)}",
                 hint=f"unset {LEVEL_VARIABLE} to take the best",
             )
         self.level = level
+
+    @contextmanager
+    def at_level(self, level: str) -> Iterator[None]:
+        """Run another level for a while."""
+        before = self.level
+        self.set_level(level)
+        try:
+            yield
+        finally:
+            self.level = before
 
     def set_threads(self, count: int) -> None:
         """Resize the team; its threads start with the next kernel."""
@@ -109,11 +122,20 @@ class Library:
         if key not in self._entries:
             body, scratch, size = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_size_t()
             if not self._lib.v4_kernel(
-                self.level.encode(), kernel.encode(), ctypes.byref(body), ctypes.byref(scratch), ctypes.byref(size)
+                self.level.encode(),
+                kernel.encode(),
+                ctypes.byref(body),
+                ctypes.byref(scratch),
+                ctypes.byref(size),
             ):
                 raise KeyError(f"level {self.level} has no kernel {kernel}")
             self._entries[key] = Entry(body.value or 0, scratch.value, size.value)
         return self._entries[key]
+
+    @property
+    def functions(self) -> ctypes.CDLL:
+        """Functions of the library that are no kernels."""
+        return self._lib
 
     def run(self, kernel: str, arguments: ctypes.Structure, *held: object) -> None:
         """Run one kernel now, and note it if a step is being recorded.
@@ -136,8 +158,9 @@ class Library:
 
     def record(self) -> Recording:
         """Begin to note calls of this thread; `stop` ends it."""
-        self._recording.current = Recording()
-        return self._recording.current
+        recording = Recording()
+        self._recording.current = recording
+        return recording
 
     def stop(self) -> None:
         """End the recording."""

@@ -16,11 +16,11 @@ log = logging.getLogger("v4sdk")
 _FREE = frozenset({"aten::empty.memory_format", "aten::empty_strided", "aten::detach"})
 
 
-class _TensorCalls(TorchDispatchMode):
+class _TensorCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes what a step computes outside the kernels: a replay would leave it out."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
