@@ -116,4 +116,4 @@ def test_two_streams_in_turns_answer_as_alone(native: Any, tmp_path: Path) -> No
                     streams[i] = None  # type: ignore[call-overload]
                 else:
                     found[i] += piece.ids
-    assert found == alone
+    assert [tuple(ids) for ids in found] == alone

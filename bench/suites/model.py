@@ -19,6 +19,7 @@ from v4sdk_bench.stage import Bench, Stage
 from v4sdk_bench.suites.model_layers import layers
 from v4sdk_bench.suites.model_memory import memory
 from v4sdk_bench.suites.model_rows import Subject, evidence, kernels, row_of, subject
+from v4sdk_bench.suites.model_step import STAGE as STEP
 
 if TYPE_CHECKING:
     from v4sdk import Session
@@ -219,5 +220,6 @@ STAGES = (
     Stage("model/whole", whole, 45.0, 900.0),
     Stage("model/memory", memory, 25.0, 900.0),
     Stage("model/layers", layers, 35.0, 1800.0),
+    STEP,
     PEERS,
 )
