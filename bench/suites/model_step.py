@@ -12,8 +12,6 @@ from v4sdk_bench.stage import Bench, Stage
 _KEY = "model/step/host"
 _WHAT = "host time of one decoded token, V4-Flash's 43-layer schedule, kernels that do nothing"
 _TOKENS = {True: 100, False: 1000}
-# contract: argument blocks are bound once
-_MOST_S = 1e-3
 _MOST_CALLS_PER_LAYER = 20
 
 
@@ -31,7 +29,7 @@ def step(bench: Bench) -> Iterator[Row]:
         "host_s": statistics.median(ordered), "host_low_s": percentile(ordered, 0.1),
         "host_high_s": percentile(ordered, 0.9), "layers": found.layers,
     }  # fmt: skip
-    limits: dict[str, float] = {"host_s": _MOST_S}
+    limits: dict[str, float] = {}
     if found.calls is not None:
         values["calls_per_layer"] = found.calls / found.layers
         limits["calls_per_layer"] = _MOST_CALLS_PER_LAYER
