@@ -6,7 +6,7 @@ import gc
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.resources import files
@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from v4sdk import __version__, hub, plugins
-from v4sdk.backend import Backend, Binding, EngineConfig, bind
+from v4sdk.backend import Backend, Binding, EngineConfig, ExpertPaging, bind
 from v4sdk.checkpoint import Checkpoint
 from v4sdk.config import ModelConfig
 from v4sdk.errors import CheckpointError, ConfigError, SamplingError
@@ -25,7 +26,15 @@ from v4sdk.expert_parallel.exchange import expert_bounds
 from v4sdk.expert_parallel.experts import Bound, DistributedExperts, Share, drive, serve, shard, unrecorded
 from v4sdk.expert_parallel.team import ranks_here
 from v4sdk.kv_cache import KVCache
-from v4sdk.memory import FreeMemory, check_growth, free_memory, plan_memory
+from v4sdk.memory import (
+    ExpertSizes,
+    FreeMemory,
+    check_growth,
+    expert_budget,
+    free_memory,
+    plan_memory,
+    step_bytes,
+)
 from v4sdk.model import Binder, V4Model
 from v4sdk.numerics import KVFormat, Numerics
 from v4sdk.numerics import kv_format as kv_format_of
@@ -55,6 +64,8 @@ class LoadOptions:
     dialect: str | Dialect | None = None
     context_limit: int | None = None
     team: Team | None = None
+    memory_limit: int | str | None = None
+    prefill_chunk: int = 1024
 
 
 @dataclass(frozen=True)
@@ -83,6 +94,7 @@ class Loaded:
         is_bundled: the small demonstration model that comes with the package.
         binding: how every op runs on this backend.
         team: the ranks that hold experts; None where this process holds all.
+        paging: how routed experts come from disk; None where all of them fit into memory.
     """
 
     folder: Path
@@ -99,6 +111,7 @@ class Loaded:
     cache: KVCache
     fingerprint: str
     team: Team | None = None
+    paging: ExpertPaging | None = None
 
 
 def bundled_folder() -> Path:
@@ -166,18 +179,15 @@ def open_model(model: str | Path | None, options: LoadOptions, on_progress: OnPr
                 backend.name,
                 names,
             )
-        _plan(
-            checkpoint,
-            _held_bytes(checkpoint, team, backend),
-            backend,
-            fmt,
-            options.context_limit,
-            on_progress,
-        )
+        paging = _plan(checkpoint, backend, fmt, options, on_progress)
         if team:
             # what every rank would refuse alike has been refused here, once
             team.tell({"do": "load"})
-        network = _bind_weights(checkpoint, backend, chosen, binding, on_progress, team)
+        network = _bind_weights(
+            checkpoint, paging or backend, backend.place, chosen, binding, on_progress, team
+        )
+        if paging:
+            binding.table.set(routed_experts.name, paging.around(binding.table[routed_experts]))
         if team:
             drive(team, _facts(checkpoint, chosen, backend), backend.device)
             bound = Bound.of(binding, config.swiglu_limit, chosen)
@@ -192,11 +202,13 @@ def open_model(model: str | Path | None, options: LoadOptions, on_progress: OnPr
             config,
             fmt,
             backend.device,
-            admit=lambda num_bytes: check_growth(num_bytes, _free(backend) or free_memory()),
+            admit=lambda num_bytes: check_growth(
+                num_bytes, _free(backend) or free_memory(limit=options.memory_limit)
+            ),
         )
         return Loaded(
             folder, model is None, config, settings, tokenizer, dialect, backend, chosen, fmt, binding, network, cache,
-            checkpoint.fingerprint(), team,
+            checkpoint.fingerprint(), team, paging,
         )  # fmt: skip
 
 
@@ -293,31 +305,46 @@ def _free(backend: Backend) -> FreeMemory | None:
 
 
 def _plan(
-    checkpoint: Checkpoint,
-    held_bytes: int,
-    backend: Backend,
-    fmt: KVFormat,
-    context_limit: int | None,
-    on_progress: OnProgress,
-) -> None:
-    """Say what will be used, and refuse what cannot fit. Main memory maps the weights, a device holds them."""
-    maps = backend.device.type == "cpu"
+    checkpoint: Checkpoint, backend: Backend, fmt: KVFormat, options: LoadOptions, on_progress: OnProgress
+) -> ExpertPaging | None:
+    """Say what will be used, refuse what cannot fit, and page experts where that lets it fit.
+
+    Main memory maps the weights, a device holds them.
+    """
+    config, maps = checkpoint.config, backend.device.type == "cpu"
+    held_bytes = _held_bytes(checkpoint, options.team, backend)
     plan = plan_memory(
-        checkpoint.config,
+        config,
         mapped_bytes=held_bytes if maps else 0,
         resident_bytes=0 if maps else held_bytes,
         # the cache grows with use: without a limit only a start must fit
-        context_tokens=context_limit or min(checkpoint.config.max_position_embeddings, _PLANNED_TOKENS),
+        context_tokens=options.context_limit or min(config.max_position_embeddings, _PLANNED_TOKENS),
         kv_format=fmt,
-        free=_free(backend),
+        free=_free(backend) or free_memory(limit=options.memory_limit),
     )
     log.info("memory: %s", plan.render())
     on_progress(Progress("memory", text=plan.render()))
     plan.check()
-    warning = plan.warning()
+    warning, paging = plan.warning(), None
+    # ranks of a team share the experts out instead
+    if warning and backend.pages_experts and options.team is None:
+        tokens = min(options.prefill_chunk, plan.context_tokens)
+        budget = expert_budget(plan, _expert_sizes(checkpoint), step_bytes(config, tokens))
+        if budget is not None:
+            warning, paging = budget.render(), backend.page_experts(budget.nbytes)
     if warning:
         log.warning(warning)
         on_progress(Progress("notice", text=warning))
+    return paging
+
+
+def _expert_sizes(checkpoint: Checkpoint) -> ExpertSizes:
+    sizes: dict[str, int] = {}
+    for name, tensor in checkpoint.headers.tensors.items():
+        if found := _EXPERT.search(name):
+            one = name[: found.end()]
+            sizes[one] = sizes.get(one, 0) + tensor.end - tensor.begin
+    return ExpertSizes(sum(sizes.values()), max(sizes.values()), checkpoint.config.num_experts_per_tok)
 
 
 def _source(checkpoint: Checkpoint) -> WeightSource:
@@ -326,21 +353,21 @@ def _source(checkpoint: Checkpoint) -> WeightSource:
 
 
 def _bind_weights(
-    checkpoint: Checkpoint, backend: Backend, chosen: Numerics, binding: Binding, on_progress: OnProgress,
-    team: Team | None,
+    checkpoint: Checkpoint, prepared: Backend | ExpertPaging, place: Callable[[Tensor], Tensor], chosen: Numerics,
+    binding: Binding, on_progress: OnProgress, team: Team | None,
 ) -> V4Model:  # fmt: skip
     config = checkpoint.config
     blocks, total = 0, config.num_hidden_layers
 
     def experts(role: str, weights: ExpertWeights) -> ExpertWeights:
         nonlocal blocks
-        prepare = partial(backend.prepare_experts, role)
+        prepare = partial(prepared.prepare_experts, role)
         placed = shard(weights, blocks, team.rank, team.processes, prepare) if team else prepare(weights)
         blocks += 1
         on_progress(Progress("load", blocks, total, "layers"))
         return placed
 
-    binder = Binder(config, _source(checkpoint), backend.prepare_weight, experts, backend.place)
+    binder = Binder(config, _source(checkpoint), prepared.prepare_weight, experts, place)
     with torch.inference_mode():
         return V4Model(binder, chosen, binding.table)
 

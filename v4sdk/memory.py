@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from v4sdk.config import ModelConfig
-from v4sdk.errors import MemoryRefused
+from v4sdk.errors import ConfigError, MemoryRefused
 from v4sdk.kv_cache import kv_bytes
 from v4sdk.numerics import KVFormat
 
 # the kernel writes a page-rounded 2**63 where there is no limit
 _NO_LIMIT = 1 << 60
+LIMIT_VARIABLE = "V4SDK_MEMORY_LIMIT"
+_UNITS = {
+    "": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 1 << 10,
+    "mib": 1 << 20,
+    "gib": 1 << 30,
+}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
+# what allocators and the interpreter take on the way
+_RESERVE_SHARE, _RESERVE_LEAST_BYTES = 0.05, 8_000_000
 
 
 @dataclass(frozen=True)
@@ -80,6 +96,92 @@ class MemoryPlan:
         )
 
 
+@dataclass(frozen=True)
+class ExpertSizes:
+    """The routed experts of a model.
+
+    Attributes:
+        total_bytes: of all of them, part of what is mapped.
+        one_bytes: of the largest: one expert of one layer, scales included.
+        per_token: how many of them one token needs in one layer.
+    """
+
+    total_bytes: int
+    one_bytes: int
+    per_token: int
+
+
+@dataclass(frozen=True)
+class ExpertBudget:
+    """How many bytes of routed experts may be in memory at once."""
+
+    nbytes: int
+    sizes: ExpertSizes
+    free: FreeMemory
+
+    def render(self) -> str:
+        """Say once what that means."""
+        share = self.nbytes / max(1, self.sizes.total_bytes)
+        return (
+            f"{gigabytes(self.sizes.total_bytes)} of routed experts do not fit into the {gigabytes(self.free.nbytes)} free "
+            f"({self.free.bound}), so they are read from disk when they are chosen, through a cache of "
+            f"{gigabytes(self.nbytes)} ({share:.0%} of them)"
+        )
+
+
+def step_bytes(config: ModelConfig, tokens: int) -> int:
+    """Estimate what one forward pass over `tokens` tokens holds beside weights and cache.
+
+    Streams before and after a sub-layer with what mixes them, queries and attention outputs, rows of chosen experts; float32.
+    """
+    streams = 6 * config.hc_mult * config.hidden_size
+    heads = 4 * config.num_attention_heads * config.head_dim
+    chosen = config.num_experts_per_tok * (2 * config.moe_intermediate_size + config.hidden_size)
+    return 4 * tokens * (streams + heads + chosen)
+
+
+def expert_budget(plan: MemoryPlan, sizes: ExpertSizes, step_bytes: int) -> ExpertBudget | None:
+    """Give what is left for routed experts beside everything that every token needs; None if all of them fit.
+
+    Args:
+        step_bytes: what a step computes with.
+
+    Raises:
+        MemoryRefused: with all numbers, if that is less than two layers of one token need.
+    """
+    if plan.free is None or plan.needed_bytes + plan.mapped_bytes <= plan.free.nbytes:
+        return None
+    dense = plan.mapped_bytes - sizes.total_bytes
+    reserve = step_bytes + max(_RESERVE_LEAST_BYTES, int(plan.free.nbytes * _RESERVE_SHARE))
+    left = plan.free.nbytes - plan.needed_bytes - dense - reserve
+    # two layers: what one has read is not thrown out while the next is being read
+    least = min(sizes.total_bytes, 2 * sizes.per_token * sizes.one_bytes)
+    if left < least:
+        needed = plan.needed_bytes + dense + reserve + least
+        raise MemoryRefused(
+            f"the model needs {gigabytes(needed)} in memory even with its routed experts on disk, expected at most "
+            f"{gigabytes(plan.free.nbytes)} ({plan.free.bound}): {gigabytes(dense)} of weights that every token needs, "
+            f"{gigabytes(plan.resident_bytes)} resident, {gigabytes(plan.kv_bytes)} of KV, {gigabytes(reserve)} to compute with, "
+            f"{gigabytes(least)} for the {sizes.per_token} experts of a token in two layers",
+            hint="use a shorter context, a smaller prefill_chunk, or a higher memory limit",
+        )
+    return ExpertBudget(min(left, sizes.total_bytes), sizes, plan.free)
+
+
+def parse_bytes(size: int | str) -> int:
+    """Read a size such as `8000000000`, `8GB` or `7.5 GiB`.
+
+    Raises:
+        ConfigError: if it is none.
+    """
+    found = _SIZE.fullmatch(str(size).strip())
+    if not found or found[2].lower() not in _UNITS or float(found[1]) <= 0:
+        raise ConfigError(
+            f"the memory limit is `{size}`, expected bytes, or a size such as `8GB` or `7.5GiB`"
+        )
+    return int(float(found[1]) * _UNITS[found[2].lower()])
+
+
 def check_growth(num_bytes: int, free: FreeMemory | None) -> None:
     """Refuse cache rows that no longer fit.
 
@@ -108,15 +210,26 @@ def plan_memory(
     )
 
 
-def free_memory(root: str | Path = "/") -> FreeMemory | None:
-    """Give what this process may still allocate: the system's free memory or its control group's, whichever is less.
+def free_memory(root: str | Path = "/", limit: int | str | None = None) -> FreeMemory | None:
+    """Give what this process may still allocate: what is left of the system, its control groups and `limit`, the least.
 
     Args:
         root: where `proc` and `sys` are; tests put copies elsewhere.
+        limit: most memory this process may use in all, e.g. `8GB`; None asks `V4SDK_MEMORY_LIMIT`.
+
+    Raises:
+        ConfigError: if the limit is no size.
     """
     root = Path(root)
-    found = [free for free in (_system(root), *_control_groups(root)) if free is not None]
+    limit = limit if limit is not None else os.environ.get(LIMIT_VARIABLE) or None
+    asked = None if limit is None else _under(parse_bytes(limit), root)
+    found = [free for free in (_system(root), *_control_groups(root), asked) if free is not None]
     return min(found, key=lambda free: free.nbytes, default=None)
+
+
+def used_memory(root: str | Path = "/") -> int:
+    """Give the bytes of main memory this process occupies: its own pages and those of files it has mapped."""
+    return sum(_status(Path(root), name) for name in ("RssAnon:", "RssFile:", "RssShmem:"))
 
 
 def gigabytes(n: int) -> str:
@@ -130,6 +243,16 @@ def _system(root: Path) -> FreeMemory | None:
     return None if available is None else FreeMemory(available * 1024, "of this machine")
 
 
+def _under(limit: int, root: Path) -> FreeMemory:
+    used = used_memory(root)
+    return FreeMemory(max(0, limit - used), f"of the {gigabytes(limit)} allowed, {gigabytes(used)} in use")
+
+
+def _status(root: Path, name: str) -> int:
+    # given in KiB
+    return _table(root / "proc" / "self" / "status").get(name, 0) * 1024
+
+
 def _control_groups(root: Path) -> list[FreeMemory]:
     """Every group this process is in, up to the top: the tightest one binds."""
     found = []
@@ -139,26 +262,29 @@ def _control_groups(root: Path) -> list[FreeMemory]:
             continue
         top = root / "sys" / "fs" / "cgroup" / ("memory" if controllers else "")
         names = (
-            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
             if controllers
-            else ("memory.max", "memory.current", "inactive_file")
+            else ("memory.max", "memory.current", "")
         )
         group = top / path.strip("/")
         # inside a container the path may be the host's and not exist here
         for folder in (group, *group.parents):
-            found.append(_group(folder, *names))
+            found.append(_group(folder, *names, mapped=_status(root, "RssFile:")))
             if folder == top:
                 break
     return [free for free in found if free is not None]
 
 
-def _group(folder: Path, limit_name: str, used_name: str, cached_name: str) -> FreeMemory | None:
+def _group(folder: Path, limit_name: str, used_name: str, prefix: str, mapped: int) -> FreeMemory | None:
     limit, used = _text(folder / limit_name).strip(), _text(folder / used_name).strip()
     if not limit.isdigit() or not used.isdigit() or int(limit) >= _NO_LIMIT:
         return None
-    # file pages nobody has used lately are given up before anything fails
-    cached = _table(folder / "memory.stat").get(cached_name, 0)
-    return FreeMemory(max(0, int(limit) - int(used) + cached), "under this process's memory limit")
+    # file pages are given up before anything fails: weights that another run has read must not look like a full house. What
+    # this process has mapped itself it needs, as far as it was used lately
+    table = _table(folder / "memory.stat")
+    idle, active = table.get(f"{prefix}inactive_file", 0), table.get(f"{prefix}active_file", 0)
+    free = int(limit) - int(used) + idle + max(0, active - mapped)
+    return FreeMemory(max(0, free), "under this process's memory limit")
 
 
 def _table(path: Path) -> dict[str, int]:

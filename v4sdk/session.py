@@ -89,7 +89,7 @@ class Session:
         numerics: str | Numerics | None = None, kv_format: str | None = None, context_limit: int | None = None,
         revision: str | None = None, strict: bool = False, dialect: str | Dialect | None = None,
         snapshot_interval: int = SNAPSHOT_INTERVAL, prefill_chunk: int = PREFILL_CHUNK, max_batch: int = MAX_BATCH,
-        ep: int | Team | None = None, on_progress: OnProgress | None = None,
+        ep: int | Team | None = None, memory_limit: int | str | None = None, on_progress: OnProgress | None = None,
     ) -> Session:  # fmt: skip
         """Load a model.
 
@@ -104,6 +104,8 @@ class Session:
             prefill_chunk: most tokens of one forward pass. max_batch: most prompts answered at once.
             ep: share the routed experts among this many processes, or the ranks of a `Team`; this one is rank 0 and the
                 others call `Session.serve`. Closing the session dismisses them. See `v4sdk.expert_parallel`.
+            memory_limit: most main memory this process may use, in bytes or like `8GB`; routed experts that do not fit are
+                read from disk as they are chosen. None asks `V4SDK_MEMORY_LIMIT`; the system's limits count always.
             on_progress: called during loading and prefill, and for notices.
 
         Raises:
@@ -115,8 +117,8 @@ class Session:
             team.close(what)
             raise ConfigError(what, hint="call Session.serve(...) there, with the same model and options")
         options = loading.LoadOptions(
-            backend, numerics, kv_format, revision, strict, dialect, context_limit, team
-        )
+            backend, numerics, kv_format, revision, strict, dialect, context_limit, team, memory_limit, prefill_chunk,
+        )  # fmt: skip
         try:
             loaded = loading.open_model(model, options, on_progress or silent)
             return cls(

@@ -89,6 +89,12 @@ class _Source:
     metavar="SECONDS",
     help="Longest wait for the other processes in one layer.",
 )
+@click.option(
+    "--memory-limit",
+    metavar="SIZE",
+    help="Most main memory to use, e.g. 8GB; routed experts that do not fit are read from disk as they are chosen "
+    "(default: $V4SDK_MEMORY_LIMIT, and always what the system allows).",
+)
 @click.option("--system", metavar="TEXT", help="System message.")
 @click.option(
     "--thinking/--no-thinking", default=None, help="Reason before answering (default: as the model says)."

@@ -19,6 +19,7 @@ from v4sdk.cli.stream import (
     ProgressLine,
     TextPrinter,
     batch_line,
+    paging_line,
     result_json,
     show_all,
     show_json,
@@ -53,6 +54,7 @@ def open_session(settings: Settings, team: Team | None = None) -> Iterator[Sessi
         strict=settings.strict,
         dialect=settings.dialect,
         ep=team,
+        memory_limit=settings.memory_limit,
         on_progress=progress,
     )
     progress.clear()
@@ -125,6 +127,7 @@ def show(
         cancelled = True
     if usage is not None:
         click.echo(speed_line(usage, _setting_words(session)), err=True)
+        _show_paging(session, [usage])
     if held is not None and settings.save is not None:
         held.save(settings.save)
     return EXIT_CANCELLED if cancelled else 0
@@ -150,7 +153,17 @@ def answer_requests(session: Session, requests: Sequence[Request], settings: Set
             if interrupted():
                 return EXIT_CANCELLED
     click.echo(batch_line(usages, time.monotonic() - start, _setting_words(session)), err=True)
+    _show_paging(session, usages)
     return int(failed)
+
+
+def _show_paging(session: Session, usages: Sequence[Usage]) -> None:
+    """Say how often experts were in memory and what the disk gave, where they come from disk."""
+    if session.loaded.paging is not None:
+        tokens = sum(
+            u.prompt_tokens - u.cached_tokens + u.recomputed_tokens + u.completion_tokens for u in usages
+        )
+        click.echo(paging_line(session.loaded.paging.usage(), tokens), err=True)
 
 
 def _batches(requests: Sequence[Request]) -> Iterator[list[Request]]:

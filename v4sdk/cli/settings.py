@@ -38,6 +38,7 @@ class Settings:
     ep: int | None = None
     ep_schedule: Schedule = "waves"
     ep_timeout: float = TIMEOUT_S
+    memory_limit: str | None = None
 
     def check(self) -> None:
         """Refuse what can be refused before a model is loaded.
@@ -58,6 +59,11 @@ class Settings:
             )
         chosen = numerics.numerics(self.numerics) if self.numerics else numerics.FAST
         numerics.kv_format(self.kv_format, chosen)
+        if self.memory_limit is not None:
+            # torch comes with it
+            from v4sdk.memory import parse_bytes
+
+            parse_bytes(self.memory_limit)
         if self.ep is not None:
             launch(self.ep)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import click
 
 if TYPE_CHECKING:
+    from v4sdk.backend import PagingUsage
     from v4sdk.output import Piece, Result, Usage
     from v4sdk.progress import Progress
     from v4sdk.prompts import ToolCall
@@ -172,6 +173,15 @@ def batch_line(usages: Sequence[Usage], elapsed_s: float, setting: str) -> str:
     return (
         f"{len(usages):,} answers in {elapsed_s:.1f} s: {read:,} prompt tokens, "
         f"{written:,} tokens{_rate(written, elapsed_s)}; {setting}"
+    )
+
+
+def paging_line(usage: PagingUsage, tokens: int) -> str:
+    """How often chosen experts were in memory, what a token read from disk, and how fast that came."""
+    return (
+        f"experts: {usage.hit_rate:.1%} of {usage.hits + usage.misses:,} choices were in memory; "
+        f"{usage.read_bytes / max(1, tokens) / 1e6:,.1f} MB read from disk per token, "
+        f"at {usage.disk_bytes_per_s / 1e6:,.0f} MB/s in the {usage.read_s:.2f} s spent waiting for it"
     )
 
 

@@ -4,5 +4,6 @@
 #include "hyper_connection_call.h"
 #include "linear_call.h"
 #include "norm_call.h"
+#include "residency_call.h"
 #include "rope_call.h"
 #include "sample_call.h"
