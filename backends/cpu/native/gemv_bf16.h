@@ -10,11 +10,10 @@ using Packed = std::uint16_t;
 
 // Which column of a 128-column block stands at place i of the operand order of an encoding: unpack works inside 128-bit lanes.
 struct Order {
-    std::uint8_t natural[kBlock], fp8[kBlock], fp4[kBlock];
-    constexpr Order() : natural(), fp8(), fp4() {
+    std::uint8_t fp8[kBlock], fp4[kBlock];
+    constexpr Order() : fp8(), fp4() {
         for (int i = 0; i < kBlock; i++) {
             const int vector = i / 32, byte = (vector & 1) * 8 + i % 32 / 8 * 16 + i % 8;
-            natural[i] = static_cast<std::uint8_t>(i);
             fp8[i] = static_cast<std::uint8_t>(vector / 2 * 64 + byte);
             fp4[i] = static_cast<std::uint8_t>(2 * byte + vector / 2);
         }
@@ -22,18 +21,47 @@ struct Order {
 };
 static constexpr Order order;
 
+// the places of an operand order as indices into two natural vectors: vector v of FP8 takes both from its half of the block; of FP4 its
+// lower lanes come from the first half and its upper lanes from the second
+struct Places {
+    alignas(64) std::uint16_t fp8[kBlock], fp4[kBlock];
+    constexpr Places() : fp8(), fp4() {
+        for (int i = 0; i < kBlock; i++) {
+            fp8[i] = static_cast<std::uint16_t>(order.fp8[i] % 64);
+            fp4[i] = static_cast<std::uint16_t>(order.fp4[i] % 64);
+        }
+    }
+};
+static constexpr Places places;
+
 // one block of one input row -> `terms` times kVectors vectors, zero beyond its end
 static void pack_terms(Encoding e, const float* x, std::int64_t n, int terms, Packed* out) {
     alignas(64) float block[kBlock] = {};
     __builtin_memcpy(block, x, static_cast<std::size_t>(n) * 4);
-    const std::uint8_t* column = e == kFp8 ? order.fp8 : e == kFp4 ? order.fp4 : order.natural;
-    for (int t = 0; t < terms; t++) {
-        alignas(64) std::uint16_t term[kBlock];
-        for (int i = 0; i < kBlock; i++) {
-            term[i] = float_bf16(block[i]);
-            block[i] -= bf16_float(term[i]);
+    for (int t = 0; t < terms; t++, out += kBlock) {
+        __m512i natural[kVectors];
+        for (int v = 0; v < kVectors; v++) {
+            __m512 a = _mm512_load_ps(block + 32 * v), b = _mm512_load_ps(block + 32 * v + 16);
+            natural[v] = (__m512i)_mm512_cvtne2ps_pbh(b, a);
+            if (t + 1 == terms) continue;
+            const __m512i low = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(natural[v])), 16);
+            const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(natural[v], 1)), 16);
+            _mm512_store_ps(block + 32 * v, _mm512_sub_ps(a, _mm512_castsi512_ps(low)));
+            _mm512_store_ps(block + 32 * v + 16, _mm512_sub_ps(b, _mm512_castsi512_ps(high)));
         }
-        for (int i = 0; i < kBlock; i++) out[t * kBlock + i] = term[column[i]];
+        for (int v = 0; v < kVectors; v++) {
+            __m512i placed = natural[v];
+            if (e == kFp8) {
+                const __m512i at = _mm512_load_si512(places.fp8 + 32 * v);
+                placed = _mm512_permutex2var_epi16(natural[v / 2 * 2], at, natural[v / 2 * 2 + 1]);
+            } else if (e == kFp4) {
+                const __m512i at = _mm512_load_si512(places.fp4 + 32 * v);
+                const __m512i low = _mm512_permutex2var_epi16(natural[0], at, natural[1]);
+                const __m512i high = _mm512_permutex2var_epi16(natural[2], at, natural[3]);
+                placed = _mm512_mask_blend_epi16(0xffff0000u, low, high);
+            }
+            _mm512_storeu_si512(out + 32 * v, placed);
+        }
     }
 }
 

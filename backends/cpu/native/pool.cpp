@@ -3,6 +3,7 @@
 #include <pthread.h>
 
 #include <atomic>
+#include <cstdlib>
 #include <ctime>
 #include <thread>
 #include <vector>
@@ -151,6 +152,22 @@ void begin(Pool& p) {
 }
 
 }  // namespace
+
+void* thread_buffer(std::size_t bytes) {
+    struct Buffer {
+        void* data = nullptr;
+        std::size_t bytes = 0;
+        ~Buffer() { std::free(data); }
+    };
+    static thread_local Buffer mine;
+    if (bytes > mine.bytes) {
+        std::free(mine.data);
+        mine.bytes = (bytes + 4095) / 4096 * 4096;
+        mine.data = std::aligned_alloc(4096, mine.bytes);
+        if (!mine.data) std::abort();  // a megabyte: there is no memory for anything
+    }
+    return mine.data;
+}
 
 void Team::barrier() const {
     if (size > 1) sync(pool());

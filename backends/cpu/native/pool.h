@@ -23,6 +23,9 @@ void pool_affinity(const int* processors, int count);
 // One call at a time: the caller holds the lock of the library.
 void pool_run(Body body, const void* arguments);
 
+// A buffer of the calling thread, 64-byte aligned, kept and grown; its content lasts until the thread asks again.
+void* thread_buffer(std::size_t bytes);
+
 // rows [begin, end) of member `rank` when `count` units of `unit` rows are dealt evenly
 struct Span {
     std::int64_t begin, end;

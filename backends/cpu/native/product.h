@@ -49,10 +49,13 @@ static void pack(const Rows& x, std::int64_t tokens, const Matrix& m, bool q8, i
     }
 }
 
+#include "gemm.h"
+
 // emit(token, row, values, count): `count` consecutive rows of one token, for rows [begin, end) of a stored matrix
 template <class Emit>
 static void multiply(const Matrix& m, std::int64_t begin, std::int64_t end, const char* packed, std::int64_t tokens, int terms,
                      Emit emit) {
+    if (tokens > kFewTokens && multiply_many(m, begin, end, packed, tokens, terms, emit)) return;
     const std::int64_t stride = packed_row_bytes(m, terms) / (terms ? 2 : 4);
 #if defined(V4_BF16)
     if (terms) {
