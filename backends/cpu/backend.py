@@ -112,16 +112,21 @@ def _table(native: Library) -> Sequence[Kernel[Any, Any]]:
     from .embedding import Embedding
     from .hyper_connection import HyperConnection
     from .linear import Linear
+    from .moe import MoE
     from .norm import Norm
     from .sample import Sample
 
-    embedding, sample = Embedding(native), Sample(native)
+    embedding, sample, moe = Embedding(native), Sample(native), MoE(native)
     linear, norm, hyper = Linear(native), Norm(native), HyperConnection(native)
     return (
         kernel(ops.embed, embedding.embed, _float64),
         kernel(ops.rope_table, embedding.rope_table),
         kernel(ops.sample, sample.sample),
         kernel(ops.feed, sample.feed),
+        kernel(ops.route, moe.route, _float64),
+        kernel(ops.route_hash, moe.route_hash, _float64),
+        kernel(ops.routed_experts, moe.routed_experts, _float64),
+        kernel(ops.shared_expert, moe.shared_expert, _float64),
         kernel(ops.linear, linear.linear, _float64),
         kernel(ops.logits, linear.logits, _float64),
         kernel(ops.rms_norm, norm.rms_norm, _float64),

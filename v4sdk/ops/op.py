@@ -102,6 +102,8 @@ class Op(Generic[P, R]):
         mutates: parameters written in place.
         sensitivity: what a rounding difference does here (`low`, `selection`: it may flip a discrete choice).
         inputs, tolerances, cost: the single source for tests, conformance and benchmarks.
+        kept_roundings: tolerances in numerics that may leave out the BF16 roundings between the parts (`fast`), for ops whose
+            kernels may keep them.
     """
 
     name: str
@@ -114,6 +116,7 @@ class Op(Generic[P, R]):
     inputs: Callable[[], Iterator[Case]] | None = None
     tolerances: Mapping[torch.dtype, Tolerance] = field(default_factory=dict)
     cost: Callable[..., Cost] | None = None
+    kept_roundings: Mapping[torch.dtype, Tolerance] = field(default_factory=dict)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         # every op also takes `out=`, a tensor (or tuple) that receives the result
@@ -130,12 +133,13 @@ def op(
     inputs: Callable[[], Iterator[Case]] | None = None,
     tolerances: Mapping[torch.dtype, Tolerance] | None = None,
     cost: Callable[..., Cost] | None = None,
+    kept_roundings: Mapping[torch.dtype, Tolerance] | None = None,
 ) -> Callable[[Callable[P, R]], Op[P, R]]:
     """Declare a plain function as an op's contract and reference."""
 
     def declare(fn: Callable[P, R]) -> Op[P, R]:
         return Op(fn.__name__, lambda table: fn, inspect.signature(fn), fn.__doc__ or "", parts, mutates, sensitivity,
-                  inputs, tolerances or {}, cost)  # fmt: skip
+                  inputs, tolerances or {}, cost, kept_roundings or {})  # fmt: skip
 
     return declare
 
@@ -148,6 +152,7 @@ def fused_op(
     inputs: Callable[[], Iterator[Case]] | None = None,
     tolerances: Mapping[torch.dtype, Tolerance] | None = None,
     cost: Callable[..., Cost] | None = None,
+    kept_roundings: Mapping[torch.dtype, Tolerance] | None = None,
 ) -> Callable[[Callable[Concatenate[OpTable, P], R]], Op[P, R]]:
     """Declare an op that is made of smaller ones; its function takes the table of parts first.
 
@@ -174,6 +179,7 @@ def fused_op(
             inputs,
             tolerances or {},
             cost,
+            kept_roundings or {},
         )
 
     return declare

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from v4sdk.numerics import Numerics
 from v4sdk.ops.op import Op, Tolerance
 
 # for ops that state none; an op that needs more says why
@@ -46,10 +47,18 @@ class Difference:
         return self.problem is None and self.worst <= 1.0
 
 
-def tolerance_for(op: Op[..., object], dtype: torch.dtype) -> Tolerance:
-    """The op's own tolerance for a dtype, else the default; discrete dtypes are compared exactly."""
+def tolerance_for(op: Op[..., object], dtype: torch.dtype, numerics: Numerics | None = None) -> Tolerance:
+    """The op's own tolerance for a dtype, else the default; discrete dtypes are compared exactly.
+
+    Args:
+        numerics: of the case; where they may leave roundings out, the op may have a wider tolerance for keeping them.
+    """
     if not dtype.is_floating_point:
         return EXACT
+    if numerics is not None and numerics.bf16_activations and not numerics.bf16_between:
+        kept = op.kept_roundings.get(dtype)
+        if kept is not None:
+            return kept
     return op.tolerances.get(dtype) or DEFAULT_TOLERANCES.get(dtype, EXACT)
 
 

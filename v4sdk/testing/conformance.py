@@ -147,7 +147,7 @@ def _broken_unless(op: Op[..., Any], binding: Binding) -> str | None:
 def judge_case(op: Op[..., Any], case: Case, backend: Backend, config: ModelConfig) -> CaseResult:
     """Compare one case with the reference, as `run_conformance` does, and weigh the outcome against the known gaps."""
     args = case.make(torch.device("cpu"))
-    chosen = next((v for v in args.values() if isinstance(v, Numerics)), None)
+    chosen = _numerics(args)
     engine = EngineConfig(capability=backend.capability())
     if chosen is not None:
         engine = EngineConfig(chosen, chosen.default_kv_format, backend.capability())
@@ -195,7 +195,7 @@ def _differences(
             backend.synchronize()
         if with_out and expected is not None:
             result = extra["out"]
-        yield from _outputs(op, result, expected)
+        yield from _outputs(op, result, expected, _numerics(args))
         for name in given:
             if name in op.mutates:
                 yield from _mutated(op, name, given, expected_args)
@@ -207,7 +207,11 @@ def _unchanged(value: Any, before: Any) -> bool:
     return all(is_bit_equal(a, b) for a, b in zip(tensors(value), tensors(before), strict=True))
 
 
-def _outputs(op: Op[..., Any], result: Any, expected: Any) -> Iterator[Difference]:
+def _numerics(args: dict[str, Any]) -> Numerics | None:
+    return next((v for v in args.values() if isinstance(v, Numerics)), None)
+
+
+def _outputs(op: Op[..., Any], result: Any, expected: Any, numerics: Numerics | None) -> Iterator[Difference]:
     got, want = list(tensors(result)), list(tensors(expected))
     if len(got) != len(want):
         yield Difference(
@@ -223,9 +227,9 @@ def _outputs(op: Op[..., Any], result: Any, expected: Any) -> Iterator[Differenc
                 agree = same.flatten(1).all(-1) if same.dim() > 1 else same
         elif agree is not None and a.shape == e.shape and a.shape[0] == agree.shape[0]:
             # weights of another choice are another question
-            yield compare(a.cpu()[agree], e.cpu()[agree], tolerance_for(op, e.dtype))
+            yield compare(a.cpu()[agree], e.cpu()[agree], tolerance_for(op, e.dtype, numerics))
         else:
-            yield compare(a, e, tolerance_for(op, e.dtype))
+            yield compare(a, e, tolerance_for(op, e.dtype, numerics))
 
 
 def _mutated(

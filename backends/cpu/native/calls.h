@@ -3,6 +3,7 @@
 #include "embedding_call.h"
 #include "hyper_connection_call.h"
 #include "linear_call.h"
+#include "moe_call.h"
 #include "norm_call.h"
 #include "residency_call.h"
 #include "rope_call.h"

@@ -14,6 +14,7 @@
 #include "hyper_connection.h"
 #include "embedding.h"
 #include "sample.h"
+#include "moe.h"
 #include "residency_kernel.h"
 
 #define V4_KERNEL(body, Layout, Call) {#body, body, scratch_of<Layout, Call>, sizeof(Call)}
@@ -27,6 +28,8 @@ const Kernel kernels[] = {
     V4_KERNEL_WITHOUT_SCRATCH(feed, FeedCall),
     V4_KERNEL_WITHOUT_SCRATCH(embed, EmbedCall),
     V4_KERNEL(sample, SampleLayout, SampleCall),
+    V4_KERNEL(route, RouteLayout, RouteCall),
+    V4_KERNEL(routed_experts, ExpertsLayout, ExpertsCall),
     V4_KERNEL_WITHOUT_SCRATCH(residency, ResidencyCall),
     {nullptr, nullptr, nullptr, 0},
 };

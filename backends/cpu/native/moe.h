@@ -1,0 +1,211 @@
+// Mixture of experts: routing, and experts run where they were chosen. Included inside the level's namespace.
+
+struct RouteLayout {
+    Arena arena;
+    int terms;
+    char* packed;
+    float* scores;  // [T, E]
+    RouteLayout(const RouteCall& c, std::uintptr_t base, int) : arena(base) {
+        terms = terms_for(c.gate, c.u.dtype, false);
+        packed = arena.take<char>(packed_bytes(c.gate, c.tokens, terms));
+        scores = arena.take<float>(c.tokens * c.experts);
+    }
+};
+
+// sqrt(softplus(x)); softplus is x beyond 20, as the reference has it
+static float gate_score(float x) { return __builtin_sqrtf(x > 20.0f ? x : __builtin_log1pf(__builtin_expf(x))); }
+
+static void route(const void* arguments, const Team& team) {
+    const RouteCall& c = *static_cast<const RouteCall*>(arguments);
+    const RouteLayout at(c, workspace(), team.size);
+    pack(c.u, c.tokens, c.gate, false, at.terms, at.packed, team);
+    team.barrier();
+    const Span rows = share(c.experts, team);
+    multiply(c.gate, rows.begin, rows.end, at.packed, c.tokens, at.terms, [&](std::int64_t t, std::int64_t row, const float* v, int n) {
+        for (int i = 0; i < n; i++) at.scores[t * c.experts + row + i] = gate_score(v[i]);
+    });
+    team.barrier();
+    const Span tokens = share(c.tokens, team);
+    for (std::int64_t t = tokens.begin; t < tokens.end; t++) {
+        const float* scores = at.scores + t * c.experts;
+        std::int32_t* ids = c.ids + t * c.chosen;
+        float* weights = c.weights + t * c.chosen;
+        for (std::int64_t k = 0; k < c.chosen; k++) {
+            if (c.table) {
+                const std::int64_t place = c.token_ids[t] * c.chosen + k;
+                ids[k] = c.wide_table ? static_cast<std::int32_t>(static_cast<const std::int64_t*>(c.table)[place])
+                                      : static_cast<const std::int32_t*>(c.table)[place];
+                continue;
+            }
+            // the largest below the last one taken; of equal ones the next id
+            std::int64_t best = -1;
+            float most = 0;
+            for (std::int64_t e = 0; e < c.experts; e++) {
+                const float s = scores[e] + c.bias[e];
+                bool taken = false;
+                for (std::int64_t j = 0; j < k; j++) taken = taken || ids[j] == e;
+                if (!taken && (best < 0 || s > most)) {
+                    best = e;
+                    most = s;
+                }
+            }
+            ids[k] = static_cast<std::int32_t>(best);
+        }
+        float total = 0;
+        for (std::int64_t k = 0; k < c.chosen; k++) total += weights[k] = scores[ids[k]];
+        for (std::int64_t k = 0; k < c.chosen; k++) weights[k] = weights[k] / total * c.scale;
+    }
+}
+
+// tokens whose choices are worked on together: bounds the scratch, and leaves an expert of a large model a good share of rows
+constexpr std::int64_t kExpertTokens = 1024;
+
+// one choice of one token
+struct Choice {
+    std::int32_t token, expert;
+    float weight;
+};
+
+struct ExpertsLayout {
+    Arena arena;
+    int terms, inner_terms;
+    std::int64_t most;           // choices of one block of tokens
+    char *packed, *inner_packed;
+    float* gated;                // [choices, I]
+    Choice* choices;             // in ascending expert id
+    std::int64_t* bounds;        // [groups + 1] first choice of each expert that was chosen
+    std::int64_t* groups;        // [1]
+    std::int64_t* counts;        // [E + 1]
+    ExpertsLayout(const ExpertsCall& c, std::uintptr_t base, int) : arena(base) {
+        const std::int64_t block = c.tokens < kExpertTokens ? c.tokens : kExpertTokens;
+        most = block * c.chosen;
+        terms = terms_for(c.matrices[0], c.u.dtype, c.q8_input);
+        inner_terms = terms_for(c.matrices[1], c.short_inner ? kBFloat16 : kFloat32, c.q8_input);
+        packed = arena.take<char>(most * packed_row_bytes(c.matrices[0], terms));
+        inner_packed = arena.take<char>(most * packed_row_bytes(c.matrices[1], inner_terms));
+        gated = arena.take<float>(most * c.inner);
+        choices = arena.take<Choice>(most);
+        bounds = arena.take<std::int64_t>((most < c.experts ? most : c.experts) + 1);
+        groups = arena.take<std::int64_t>(1);
+        counts = arena.take<std::int64_t>(c.experts + 1);
+    }
+};
+
+// the choices of tokens [first, last), sorted by expert and then by token: the order of every sum
+static void order_choices(const ExpertsCall& c, const ExpertsLayout& at, std::int64_t first, std::int64_t last) {
+    for (std::int64_t e = 0; e <= c.experts; e++) at.counts[e] = 0;
+    for (std::int64_t i = first * c.chosen; i < last * c.chosen; i++) at.counts[(c.ids ? c.ids[i] : 0) + 1]++;
+    std::int64_t groups = 0;
+    for (std::int64_t e = 0; e < c.experts; e++) {
+        if (at.counts[e + 1]) at.bounds[groups++] = at.counts[e];
+        at.counts[e + 1] += at.counts[e];
+    }
+    at.bounds[groups] = (last - first) * c.chosen;
+    *at.groups = groups;
+    for (std::int64_t t = first; t < last; t++)
+        for (std::int64_t k = 0; k < c.chosen; k++) {
+            const std::int32_t e = c.ids ? c.ids[t * c.chosen + k] : 0;
+            at.choices[at.counts[e]++] = Choice{static_cast<std::int32_t>(t), e, c.weights ? c.weights[t * c.chosen + k] : 1.0f};
+        }
+}
+
+V4_INLINE float gate(float g, float v, float limit, bool round) {
+    if (round) {
+        g = bf16_float(float_bf16(g));
+        v = bf16_float(float_bf16(v));
+    }
+    g = g > limit ? limit : g;
+    v = v > limit ? limit : v < -limit ? -limit : v;
+    return g / (1.0f + __builtin_expf(-g)) * v;
+}
+
+// What each member of the team computes of a phase: blocks of rows of one group after another, dealt by their number.
+constexpr std::int64_t kGateRows = 32;
+
+static void experts_of(const ExpertsCall& c, const ExpertsLayout& at, std::int64_t first, std::int64_t last, const Team& team) {
+    if (team.rank == 0) order_choices(c, at, first, last);
+    team.barrier();
+    const std::int64_t groups = *at.groups, count = (last - first) * c.chosen;
+    const std::int64_t blocks = blocks_of(c.width), row_bytes = packed_row_bytes(c.matrices[0], at.terms);
+    alignas(64) float block[kBlock];
+    const Span packs = share(count * blocks, team);
+    for (std::int64_t unit = packs.begin; unit < packs.end; unit++) {
+        const std::int64_t i = unit / blocks, b = unit % blocks, left = c.width - b * kBlock, n = left < kBlock ? left : kBlock;
+        read_row(columns(c.u, b * kBlock), at.choices[i].token, n, block);
+        if (c.q8_input) q8_round(block, n);
+        pack_values(c.matrices[0], block, n, b, at.terms, at.packed + i * row_bytes);
+    }
+    team.barrier();
+    const std::int64_t row_blocks = (c.inner + kGateRows - 1) / kGateRows;
+    const Span gates = share(groups * row_blocks, team);
+    for (std::int64_t unit = gates.begin; unit < gates.end;) {
+        // as many blocks of this group as are dealt to this member
+        const std::int64_t g = unit / row_blocks, r0 = unit % row_blocks * kGateRows;
+        const std::int64_t stop = gates.end < (g + 1) * row_blocks ? gates.end : (g + 1) * row_blocks;
+        const std::int64_t r1 = (stop - g * row_blocks) * kGateRows < c.inner ? (stop - g * row_blocks) * kGateRows : c.inner;
+        const std::int64_t begin = at.bounds[g], n = at.bounds[g + 1] - begin;
+        const Matrix* m = c.matrices + 3 * at.choices[begin].expert;
+        const char* rows = at.packed + begin * row_bytes;
+        // in runs, so that what w1 gave is still near when w3 comes
+        constexpr std::int64_t kRun = 64;
+        for (std::int64_t r = r0; r < r1; r += kRun) {
+            const std::int64_t end = r1 - r < kRun ? r1 : r + kRun;
+            multiply(m[0], r, end, rows, n, at.terms, [&](std::int64_t t, std::int64_t row, const float* v, int k) {
+                __builtin_memcpy(at.gated + (begin + t) * c.inner + row, v, static_cast<std::size_t>(k) * 4);
+            });
+            multiply(m[2], r, end, rows, n, at.terms, [&](std::int64_t t, std::int64_t row, const float* v, int k) {
+                float* out = at.gated + (begin + t) * c.inner + row;
+                const float weight = at.choices[begin + t].weight;
+                for (int i = 0; i < k; i++) {
+                    const float a = gate(out[i], v[i], c.limit, c.bf16_between) * weight;
+                    out[i] = c.bf16_between ? bf16_float(float_bf16(a)) : a;
+                }
+            });
+        }
+        unit = stop;
+    }
+    team.barrier();
+    const std::int64_t inner_blocks = blocks_of(c.inner), inner_bytes = packed_row_bytes(c.matrices[1], at.inner_terms);
+    const Span inner = share(count * inner_blocks, team);
+    for (std::int64_t unit = inner.begin; unit < inner.end; unit++) {
+        const std::int64_t i = unit / inner_blocks, b = unit % inner_blocks, left = c.inner - b * kBlock, n = left < kBlock ? left : kBlock;
+        __builtin_memcpy(block, at.gated + i * c.inner + b * kBlock, static_cast<std::size_t>(n) * 4);
+        if (c.q8_input) q8_round(block, n);
+        pack_values(c.matrices[1], block, n, b, at.inner_terms, at.inner_packed + i * inner_bytes);
+    }
+    team.barrier();
+    // a member sums its own rows of all tokens, expert after expert
+    const std::int64_t sum_blocks = (c.width + 15) / 16;
+    const Span sums = share(sum_blocks, team);
+    const std::int64_t r0 = sums.begin * 16, r1 = sums.end * 16 < c.width ? sums.end * 16 : c.width;
+    if (r0 >= r1) return;
+    float* y = static_cast<float*>(c.y.data);
+    const bool direct = c.y.dtype == kFloat32 && !c.routed;
+    if (direct)
+        for (std::int64_t t = first; t < last; t++) __builtin_memset(y + t * c.y.stride + r0, 0, static_cast<std::size_t>(r1 - r0) * 4);
+    for (std::int64_t g = 0; g < groups; g++) {
+        const std::int64_t begin = at.bounds[g], n = at.bounds[g + 1] - begin;
+        multiply(c.matrices[3 * at.choices[begin].expert + 1], r0, r1, at.inner_packed + begin * inner_bytes, n, at.inner_terms,
+                 [&](std::int64_t t, std::int64_t row, const float* v, int k) {
+                     const std::int64_t token = at.choices[begin + t].token;
+                     float out[64];
+                     for (int i = 0; i < k; i++) out[i] = c.bf16_between ? bf16_float(float_bf16(v[i])) : v[i];
+                     if (direct) {
+                         float* into = y + token * c.y.stride + row;
+                         for (int i = 0; i < k; i++) into[i] += out[i];
+                     } else {
+                         for (int i = 0; i < k; i++) out[i] += c.routed[token * c.width + row + i];
+                         write_row(c.y, token, row, k, out);
+                     }
+                 });
+    }
+}
+
+static void routed_experts(const void* arguments, const Team& team) {
+    const ExpertsCall& c = *static_cast<const ExpertsCall*>(arguments);
+    const ExpertsLayout at(c, workspace(), team.size);
+    for (std::int64_t first = 0; first < c.tokens; first += kExpertTokens) {
+        if (first) team.barrier();
+        experts_of(c, at, first, first + kExpertTokens < c.tokens ? first + kExpertTokens : c.tokens, team);
+    }
+}
