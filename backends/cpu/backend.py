@@ -109,6 +109,7 @@ def _kernels_row(native: Library | None) -> DoctorRow:
 
 
 def _table(native: Library) -> Sequence[Kernel[Any, Any]]:
+    from .attention import Attention, too_wide
     from .embedding import Embedding
     from .hyper_connection import HyperConnection
     from .linear import Linear
@@ -123,6 +124,7 @@ def _table(native: Library) -> Sequence[Kernel[Any, Any]]:
         kernel(ops.rope_table, embedding.rope_table),
         kernel(ops.sample, sample.sample),
         kernel(ops.feed, sample.feed),
+        kernel(ops.sparse_attn, Attention(native).sparse_attn, too_wide),
         kernel(ops.route, moe.route, _float64),
         kernel(ops.route_hash, moe.route_hash, _float64),
         kernel(ops.routed_experts, moe.routed_experts, _float64),

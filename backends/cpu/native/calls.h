@@ -1,5 +1,6 @@
 // The argument blocks of all kernels.
 #pragma once
+#include "attention_call.h"
 #include "embedding_call.h"
 #include "hyper_connection_call.h"
 #include "linear_call.h"
