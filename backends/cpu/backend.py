@@ -112,6 +112,7 @@ def _table(native: Library) -> Sequence[Kernel[Any, Any]]:
     from .attention import Attention, too_wide
     from .embedding import Embedding
     from .hyper_connection import HyperConnection
+    from .indexer import Indexer
     from .linear import Linear
     from .moe import MoE
     from .norm import Norm
@@ -125,6 +126,7 @@ def _table(native: Library) -> Sequence[Kernel[Any, Any]]:
         kernel(ops.sample, sample.sample),
         kernel(ops.feed, sample.feed),
         kernel(ops.sparse_attn, Attention(native).sparse_attn, too_wide),
+        kernel(ops.index_topk, Indexer(native).index_topk, _float64),
         kernel(ops.route, moe.route, _float64),
         kernel(ops.route_hash, moe.route_hash, _float64),
         kernel(ops.routed_experts, moe.routed_experts, _float64),

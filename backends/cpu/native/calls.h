@@ -3,6 +3,7 @@
 #include "attention_call.h"
 #include "embedding_call.h"
 #include "hyper_connection_call.h"
+#include "indexer_call.h"
 #include "linear_call.h"
 #include "moe_call.h"
 #include "norm_call.h"

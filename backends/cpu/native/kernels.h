@@ -16,6 +16,7 @@
 #include "sample.h"
 #include "moe.h"
 #include "attention.h"
+#include "indexer.h"
 #include "residency_kernel.h"
 
 #define V4_KERNEL(body, Layout, Call) {#body, body, scratch_of<Layout, Call>, sizeof(Call)}
@@ -30,6 +31,7 @@ const Kernel kernels[] = {
     V4_KERNEL_WITHOUT_SCRATCH(embed, EmbedCall),
     V4_KERNEL(sample, SampleLayout, SampleCall),
     V4_KERNEL(sparse_attn, AttentionLayout, AttentionCall),
+    V4_KERNEL(index_topk, IndexLayout, IndexCall),
     V4_KERNEL(route, RouteLayout, RouteCall),
     V4_KERNEL(routed_experts, ExpertsLayout, ExpertsCall),
     V4_KERNEL_WITHOUT_SCRATCH(residency, ResidencyCall),
