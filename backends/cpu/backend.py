@@ -110,14 +110,17 @@ def _kernels_row(native: Library | None) -> DoctorRow:
 
 def _table(native: Library) -> Sequence[Kernel[Any, Any]]:
     from .attention import Attention, too_wide
+    from .compressor import Compressor, too_long
     from .embedding import Embedding
     from .hyper_connection import HyperConnection
     from .indexer import Indexer
     from .linear import Linear
     from .moe import MoE
     from .norm import Norm
+    from .projection import Projection
     from .sample import Sample
 
+    projection, compressor = Projection(native), Compressor(native)
     embedding, sample, moe = Embedding(native), Sample(native), MoE(native)
     linear, norm, hyper = Linear(native), Norm(native), HyperConnection(native)
     return (
@@ -125,6 +128,11 @@ def _table(native: Library) -> Sequence[Kernel[Any, Any]]:
         kernel(ops.rope_table, embedding.rope_table),
         kernel(ops.sample, sample.sample),
         kernel(ops.feed, sample.feed),
+        kernel(ops.q_project, projection.q_project, _float64),
+        kernel(ops.kv_project_store, projection.kv_project_store, _float64),
+        kernel(ops.grouped_out, projection.grouped_out, _float64),
+        kernel(ops.compress, compressor.compress, too_long),
+        kernel(ops.index_query, compressor.index_query, _float64),
         kernel(ops.sparse_attn, Attention(native).sparse_attn, too_wide),
         kernel(ops.index_topk, Indexer(native).index_topk, _float64),
         kernel(ops.route, moe.route, _float64),

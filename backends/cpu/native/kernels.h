@@ -14,6 +14,8 @@
 #include "hyper_connection.h"
 #include "embedding.h"
 #include "sample.h"
+#include "projection.h"
+#include "compressor.h"
 #include "moe.h"
 #include "attention.h"
 #include "indexer.h"
@@ -30,6 +32,11 @@ const Kernel kernels[] = {
     V4_KERNEL_WITHOUT_SCRATCH(feed, FeedCall),
     V4_KERNEL_WITHOUT_SCRATCH(embed, EmbedCall),
     V4_KERNEL(sample, SampleLayout, SampleCall),
+    V4_KERNEL(q_project, QueryLayout, QueryCall),
+    V4_KERNEL(kv_project_store, KvLayout, KvCall),
+    V4_KERNEL(grouped_out, OutputLayout, OutputCall),
+    V4_KERNEL(compress, CompressLayout, CompressCall),
+    V4_KERNEL(index_query, IndexQueryLayout, IndexQueryCall),
     V4_KERNEL(sparse_attn, AttentionLayout, AttentionCall),
     V4_KERNEL(index_topk, IndexLayout, IndexCall),
     V4_KERNEL(route, RouteLayout, RouteCall),
