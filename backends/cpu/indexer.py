@@ -8,7 +8,21 @@ from torch import Tensor
 from v4sdk.numerics import Numerics
 from v4sdk.ops.batch import Batch
 
-from .arguments import Cache, Rows, Step, address, cache, deliver, int32, int64, pointer, result, rows, step, structure
+from .arguments import (
+    Cache,
+    Rows,
+    Step,
+    address,
+    cache,
+    deliver,
+    int32,
+    int64,
+    pointer,
+    result,
+    rows,
+    step,
+    structure,
+)
 from .library import Library
 
 IndexCall = structure(

@@ -3,33 +3,54 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch.utils._python_dispatch import TorchDispatchMode
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from .library import Library
 
 log = logging.getLogger("v4sdk")
 
-# memory and views: they compute nothing, and what they made is held by the recording
-_FREE = frozenset({"aten::empty.memory_format", "aten::empty_strided", "aten::detach"})
 
+class _TensorCalls(TorchFunctionMode):
+    """Notes what a step computes outside the kernels: a replay would leave it out.
 
-class _TensorCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes what a step computes outside the kernels: a replay would leave it out."""
+    New memory, views and questions compute nothing; what they made is held by the recording. (A dispatch mode would see
+    more exactly, but its first use costs more than a second of imports.)
+    """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.found: set[str] = set()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        schema = func._schema
-        gives_view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
-        name = f"{schema.name}.{schema.overload_name}" if schema.overload_name else schema.name
-        if name not in _FREE and not gives_view:
-            self.found.add(name)
-        return func(*args, **(kwargs or {}))
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if _computes(func, args, kwargs or {}, made):
+            self.found.add(getattr(func, "__name__", str(func)))
+        return made
+
+
+def _computes(func: Any, args: Any, kwargs: Any, made: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    if name == "__setitem__" or "out" in kwargs or (name.endswith("_") and not name.startswith("__")):
+        return True
+    if name.startswith("__i") and name != "__index__":
+        return True
+    if func in (torch.empty, torch.empty_like, torch.empty_strided):
+        return False
+    given = {t.untyped_storage().data_ptr() for t in _tensors(args)}
+    return any(t.untyped_storage().data_ptr() not in given for t in _tensors(made))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
 
 
 class RecordedStep:

@@ -181,21 +181,6 @@ static void load_pairs(const Cache& cache, std::int64_t row, std::uint16_t* out,
     __builtin_memcpy(out + plain, p + plain, static_cast<std::size_t>(2 * rope));
 }
 
-// sums of sixteen vectors, in their order
-V4_INLINE __m512 sums_of(__m512 r[16]) {
-    __m512 t[8];
-    for (int i = 0; i < 8; i++) t[i] = _mm512_add_ps(_mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]), _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]));
-    __m512 u[4];
-    for (int i = 0; i < 4; i++) {
-        const __m512d a = _mm512_castps_pd(t[2 * i]), b = _mm512_castps_pd(t[2 * i + 1]);
-        u[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
-    }
-    // lane L of u[i] holds partial sums of vectors 4i..4i+3
-    const __m512 v0 = _mm512_add_ps(_mm512_shuffle_f32x4(u[0], u[1], 0x88), _mm512_shuffle_f32x4(u[0], u[1], 0xdd));
-    const __m512 v1 = _mm512_add_ps(_mm512_shuffle_f32x4(u[2], u[3], 0x88), _mm512_shuffle_f32x4(u[2], u[3], 0xdd));
-    return _mm512_add_ps(_mm512_shuffle_f32x4(v0, v1, 0x88), _mm512_shuffle_f32x4(v0, v1, 0xdd));
-}
-
 template <int H>
 V4_INLINE void weigh(const std::uint16_t* numerators, const std::uint16_t* values, std::int64_t pairs, std::int64_t padded,
                      const float* factors, float* sums) {

@@ -13,9 +13,10 @@ struct Order {
     std::uint8_t fp8[kBlock], fp4[kBlock];
     constexpr Order() : fp8(), fp4() {
         for (int i = 0; i < kBlock; i++) {
-            const int vector = i / 32, byte = (vector & 1) * 8 + i % 32 / 8 * 16 + i % 8;
-            fp8[i] = static_cast<std::uint8_t>(vector / 2 * 64 + byte);
-            fp4[i] = static_cast<std::uint8_t>(2 * byte + vector / 2);
+            const int vector = i / 32, place = i % 32;
+            fp8[i] = static_cast<std::uint8_t>(vector / 2 * 64 + (vector & 1) * 8 + place / 8 * 16 + place % 8);
+            // a word holds four columns, and each vector takes one nibble of every word
+            fp4[i] = static_cast<std::uint8_t>(4 * place + vector);
         }
     }
 };
@@ -66,11 +67,12 @@ static void pack_terms(Encoding e, const float* x, std::int64_t n, int terms, Pa
 }
 
 struct Tables {
-    __m512i fp8_low[2], fp8_high[2], fp4_low, fp4_high;
+    __m512i fp8_low[2], fp8_high[2], fp4;
 };
 
 static inline Tables tables() {
-    alignas(64) std::uint8_t low[128], high[128], four_low[64], four_high[64];
+    alignas(64) std::uint8_t low[128], high[128];
+    alignas(64) std::uint16_t four[32];
     for (int code = 0; code < 128; code++) {
         const int e = code >> 3, m = code & 7;
         const float value = e ? bits_float(static_cast<std::uint32_t>(e + 120) << 23 | static_cast<std::uint32_t>(m) << 20)
@@ -80,15 +82,12 @@ static inline Tables tables() {
         high[code] = static_cast<std::uint8_t>(h >> 8);
     }
     const float e2m1[8] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
-    for (int i = 0; i < 64; i++) {
-        const std::uint16_t h = static_cast<std::uint16_t>(float_bits(e2m1[i & 7]) >> 16);
-        four_low[i] = static_cast<std::uint8_t>(h & 255);
-        four_high[i] = static_cast<std::uint8_t>(h >> 8 | ((i & 8) ? 0x80 : 0));
-    }
+    // twice, since a place is looked up by five bits of which the fifth belongs to the next nibble
+    for (int i = 0; i < 32; i++)
+        four[i] = static_cast<std::uint16_t>(float_bits(e2m1[i & 7]) >> 16 | ((i & 8) ? 0x8000 : 0));
     return {{_mm512_load_si512(low), _mm512_load_si512(low + 64)},
             {_mm512_load_si512(high), _mm512_load_si512(high + 64)},
-            _mm512_load_si512(four_low),
-            _mm512_load_si512(four_high)};
+            _mm512_load_si512(four)};
 }
 
 // One block of one matrix row as BF16 operands.
@@ -107,13 +106,11 @@ static inline __attribute__((always_inline)) void decode(const std::uint8_t* p, 
             w[2 * half + 1] = _mm512_unpackhi_epi8(lo, hi);
         }
     } else {
-        const __m512i nibble = _mm512_set1_epi8(15), b = _mm512_loadu_si512(p);
-        const __m512i n[2] = {_mm512_and_si512(b, nibble), _mm512_and_si512(_mm512_srli_epi16(b, 4), nibble)};
-        for (int half = 0; half < 2; half++) {
-            const __m512i lo = _mm512_shuffle_epi8(t.fp4_low, n[half]), hi = _mm512_shuffle_epi8(t.fp4_high, n[half]);
-            w[2 * half] = _mm512_unpacklo_epi8(lo, hi);
-            w[2 * half + 1] = _mm512_unpackhi_epi8(lo, hi);
-        }
+        const __m512i b = _mm512_loadu_si512(p);
+        w[0] = _mm512_permutexvar_epi16(b, t.fp4);
+        w[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(b, 4), t.fp4);
+        w[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(b, 8), t.fp4);
+        w[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(b, 12), t.fp4);
     }
 }
 
@@ -147,45 +144,70 @@ static inline __attribute__((always_inline)) __m512 dot(const __m512i w[kVectors
     return sum;
 }
 
+// sums of sixteen vectors, in their order
+V4_INLINE __m512 sums_of(__m512 r[16]) {
+    __m512 t[8];
+    for (int i = 0; i < 8; i++) t[i] = _mm512_add_ps(_mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]), _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]));
+    __m512 u[4];
+    for (int i = 0; i < 4; i++) {
+        const __m512d a = _mm512_castps_pd(t[2 * i]), b = _mm512_castps_pd(t[2 * i + 1]);
+        u[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    // lane L of u[i] holds partial sums of vectors 4i..4i+3
+    const __m512 v0 = _mm512_add_ps(_mm512_shuffle_f32x4(u[0], u[1], 0x88), _mm512_shuffle_f32x4(u[0], u[1], 0xdd));
+    const __m512 v1 = _mm512_add_ps(_mm512_shuffle_f32x4(u[2], u[3], 0x88), _mm512_shuffle_f32x4(u[2], u[3], 0xdd));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(v0, v1, 0x88), _mm512_shuffle_f32x4(v0, v1, 0xdd));
+}
+
+// the sum of one vector, added in the order of `sums_of`
+V4_INLINE float sum_of(__m512 v) {
+    v = _mm512_add_ps(v, _mm512_permute_ps(v, 0x4e));
+    v = _mm512_add_ps(v, _mm512_permute_ps(v, 0xb1));
+    v = _mm512_add_ps(v, _mm512_shuffle_f32x4(v, v, 0xb1));
+    v = _mm512_add_ps(v, _mm512_shuffle_f32x4(v, v, 0x4e));
+    return _mm512_cvtss_f32(v);
+}
+
 // emit(token, row, values, count) for rows [begin, end) and all tokens of packed input
 template <Encoding E, ScaleKind S, int Terms, class Emit>
 static void rows_with(const Matrix& m, std::int64_t begin, std::int64_t end, const Packed* x, std::int64_t x_stride,
                       std::int64_t tokens, Emit emit) {
     const Tables t = tables();
-    const std::int64_t blocks = blocks_of(m.cols), whole = m.cols / kBlock, per_block = block_bytes(E);
+    const std::int64_t blocks = blocks_of(m.cols), whole = m.cols / kBlock;
+    constexpr std::int64_t per_block = block_bytes(E);
     const std::size_t rest = static_cast<std::size_t>(m.row_bytes - whole * per_block);
-    constexpr int kRows = 4;
-    alignas(64) std::uint8_t tail[kRows][256] = {};
+    constexpr int kRows = 16;
+    alignas(64) std::uint8_t tail[256] = {};
     std::int64_t row = begin;
+    // One row after another: the memory is read as one stream, which is what its prefetchers follow (rows side by side reach half of
+    // the rate). The blocks of a row are independent until they meet in `total`.
     if (tokens == 1)
-        for (; row + kRows <= end; row += kRows) {
-            __m512 total[kRows];
-            const std::uint8_t *p[kRows], *scale[kRows];
-            for (int r = 0; r < kRows; r++) {
-                total[r] = _mm512_setzero_ps();
-                p[r] = m.data + (row + r) * m.row_bytes;
-                scale[r] = S == kNoScale ? nullptr : m.scale + (row + r) / m.tile_rows * m.scale_row_bytes;
-            }
-            for (std::int64_t b = 0; b < whole; b++)
-#pragma GCC unroll 4
-                for (int r = 0; r < kRows; r++) {
+        for (; row < end; row += kRows) {
+            const std::int64_t n = end - row < kRows ? end - row : kRows;
+            __m512 totals[kRows];
+            for (std::int64_t r = 0; r < n; r++) {
+                __m512 total = _mm512_setzero_ps();
+                const std::uint8_t* p = m.data + (row + r) * m.row_bytes;
+                const std::uint8_t* scale = S == kNoScale ? nullptr : m.scale + (row + r) / m.tile_rows * m.scale_row_bytes;
+#pragma GCC unroll 2
+                for (std::int64_t b = 0; b < whole; b++) {
                     __m512i w[kVectors];
-                    _mm_prefetch(reinterpret_cast<const char*>(p[r] + b * per_block) + 1024, _MM_HINT_T0);
-                    decode<E>(p[r] + b * per_block, t, w);
-                    total[r] = _mm512_fmadd_ps(dot(w, x + b * Terms * kBlock, Terms), factors<E, S>(scale[r], b, 4), total[r]);
+                    decode<E>(p + b * per_block, t, w);
+                    total = _mm512_fmadd_ps(dot(w, x + b * Terms * kBlock, Terms), factors<E, S>(scale, b, 4), total);
                 }
-            float found[kRows];
-            for (int r = 0; r < kRows; r++) {
-                if (whole < blocks) {
+                if (whole < blocks) {  // never read past the end of a row: it may be the end of the mapped file
                     __m512i w[kVectors];
-                    __builtin_memcpy(tail[r], p[r] + whole * per_block, rest);
-                    decode<E>(tail[r], t, w);
+                    __builtin_memcpy(tail, p + whole * per_block, rest);
+                    decode<E>(tail, t, w);
                     const int groups = static_cast<int>((m.cols - whole * kBlock + 31) / 32);
-                    total[r] = _mm512_fmadd_ps(dot(w, x + whole * Terms * kBlock, Terms), factors<E, S>(scale[r], whole, groups), total[r]);
+                    total = _mm512_fmadd_ps(dot(w, x + whole * Terms * kBlock, Terms), factors<E, S>(scale, whole, groups), total);
                 }
-                found[r] = _mm512_reduce_add_ps(total[r]);
+                totals[r] = total;
             }
-            emit(0, row, found, kRows);
+            for (std::int64_t r = n; r < kRows; r++) totals[r] = _mm512_setzero_ps();
+            alignas(64) float found[kRows];
+            _mm512_store_ps(found, sums_of(totals));
+            emit(0, row, found, static_cast<int>(n));
         }
     constexpr std::int64_t kTokens = 32;
     for (; row < end; row++) {
@@ -198,8 +220,8 @@ static void rows_with(const Matrix& m, std::int64_t begin, std::int64_t end, con
                 const std::uint8_t* p = m.data + row * m.row_bytes + b * per_block;
                 int groups = 4;
                 if (b == whole) {  // never read past the end of a row: it may be the end of the mapped file
-                    __builtin_memcpy(tail[0], p, rest);
-                    p = tail[0];
+                    __builtin_memcpy(tail, p, rest);
+                    p = tail;
                     groups = static_cast<int>((m.cols - whole * kBlock + 31) / 32);
                 }
                 __m512i w[kVectors];
@@ -209,7 +231,7 @@ static void rows_with(const Matrix& m, std::int64_t begin, std::int64_t end, con
                     total[i] = _mm512_fmadd_ps(dot(w, x + (t0 + i) * x_stride + b * Terms * kBlock, Terms), f, total[i]);
             }
             for (std::int64_t i = 0; i < n; i++) {
-                const float found = _mm512_reduce_add_ps(total[i]);
+                const float found = sum_of(total[i]);
                 emit(t0 + i, row, &found, 1);
             }
         }

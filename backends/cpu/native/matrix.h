@@ -19,7 +19,7 @@ struct Matrix {
 };
 
 static inline std::int64_t blocks_of(std::int64_t cols) { return (cols + kBlock - 1) / kBlock; }
-static inline std::int64_t block_bytes(Encoding e) { return e == kFloat32 ? 512 : e == kBFloat16 ? 256 : e == kFp8 ? 128 : 64; }
+static inline constexpr std::int64_t block_bytes(Encoding e) { return e == kFloat32 ? 512 : e == kBFloat16 ? 256 : e == kFp8 ? 128 : 64; }
 
 static inline float bits_float(std::uint32_t bits) {
     float x;
