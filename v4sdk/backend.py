@@ -193,6 +193,9 @@ class Backend(ABC):
         """Give a function that replays a decode step from fixed buffers (optional; default: the step itself)."""
         return step
 
+    def close(self) -> None:  # noqa: B027 - optional by contract, most have nothing of their own
+        """Let go of threads and buffers when a session closes; what another session needs is made again (optional)."""
+
     def hollow(self) -> AbstractContextManager[None] | None:
         """While entered, kernels do nothing, so that a benchmark sees the host's share of a step (optional; None: unknown)."""
         return None

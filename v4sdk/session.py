@@ -415,6 +415,8 @@ class Session:
                 self._engine.close()
             if self._loaded is not None and self._loaded.team is not None:
                 self._loaded.team.close()
+            if self._loaded is not None:
+                self._loaded.backend.close()
             self._loaded = self._engine = None
             self._dropped.clear()
             self._abandoned.clear()

@@ -15,7 +15,7 @@ from v4sdk.config import ModelConfig
 from v4sdk.weights import ExpertWeights, Weight
 
 from .identity import identity
-from .library import EMPTY_LEVEL, Library, library
+from .library import EMPTY_LEVEL, THREADS_VARIABLE, Library, library
 from .record import RecordedStep
 from .residency import CAN_PAGE, Residency, doctor_row
 
@@ -64,6 +64,12 @@ class CpuBackend(Backend):
         native = library()
         return step if native is None else RecordedStep(native, step)
 
+    def close(self) -> None:
+        """End the kernels' threads."""
+        native = library()
+        if native is not None:
+            native.rest()
+
     def hollow(self) -> AbstractContextManager[None] | None:
         """Run the level whose kernels do nothing."""
         native = library()
@@ -83,12 +89,13 @@ class CpuBackend(Backend):
         native = library()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         threads = torch.get_num_threads() if native is None else native.threads
+        variable = "OMP_NUM_THREADS" if native is None else THREADS_VARIABLE
         return (
             DoctorRow(
                 "threads",
                 f"{threads} of {cores} usable cores",
                 ok=threads <= cores,
-                hint=None if threads <= cores else f"set OMP_NUM_THREADS={cores}",
+                hint=None if threads <= cores else f"set {variable}={cores}",
             ),
             DoctorRow("instructions", torch.backends.cpu.get_cpu_capability(), ok=True),
             _kernels_row(native),

@@ -17,6 +17,8 @@ from v4sdk.errors import ConfigError, MemoryRefused
 LEVEL_VARIABLE = "V4SDK_CPU_LEVEL"
 THREADS_VARIABLE = "V4SDK_CPU_THREADS"
 AFFINITY_VARIABLE = "V4SDK_CPU_AFFINITY"
+# another build of the same sources, e.g. one with sanitizers
+LIBRARY_VARIABLE = "V4SDK_CPU_LIBRARY"
 # kernels that do nothing: what is left of a step's time is this package's own
 EMPTY_LEVEL = "empty"
 
@@ -199,7 +201,8 @@ class _Replay:
 @cache
 def library() -> Library | None:
     """The library that was built with the package; None where it was not, or cannot be loaded."""
-    for path in sorted(Path(__file__).parent.glob("_kernels*.so")):
+    named = os.environ.get(LIBRARY_VARIABLE)
+    for path in [Path(named)] if named else sorted(Path(__file__).parent.glob("_kernels*.so")):
         try:
             return Library(path)
         except OSError:

@@ -35,7 +35,8 @@ def environment(threads: int, own_wait: bool = False) -> dict[str, str]:
     """
     count = str(threads)
     found = {
-        "V4SDK_CPU_THREADS": count, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "OPENBLAS_NUM_THREADS": count, "OMP_DYNAMIC": "FALSE",
+        "V4SDK_CPU_THREADS": count, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count,
+        "OPENBLAS_NUM_THREADS": count, "OMP_DYNAMIC": "FALSE",
         "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
     }  # fmt: skip
     return found if own_wait else found | {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}

@@ -194,12 +194,22 @@ class Times:
 
 @dataclass
 class Depth:
-    """All rounds at one depth: `times` by place in the line; the first lane runs a second time at the end of each round."""
+    """All rounds at one depth: `times` by place in the line; the first lane runs a second time at the end of each round.
+
+    Attributes:
+        neighbours: processes that kept a core busy meanwhile.
+    """
 
     tokens: int
     times: list[Times]
     again: Times
     load: float = 0.0
+    neighbours: int = 0
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The end of a row's key."""
+        return (str(self.tokens), *(("beside-a-neighbour",) if self.neighbours else ()))
 
     def round_s(self, tokens: int, steps: int) -> float:
         """What a round at another depth will take: prefill in proportion, decoding as here."""

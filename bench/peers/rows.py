@@ -151,9 +151,13 @@ def speed_row(
         "chosen": lane.label, "tried": [trial.to_json() for trial in trials], "settings": run.about["settings"],
     }  # fmt: skip
     where = f"of {depth.tokens:,} tokens" if phase == "prefill" else f"after {depth.tokens:,} tokens"
+    where += ", one core busy elsewhere" if depth.neighbours else ""
     made: dict[str, Any] = {
-        "key": subject.key(lane.engine, phase, str(depth.tokens)), "what": f"{lane.engine} on {subject.model}: {phase} {where}",
-        "evidence": subject.evidence, "setting": subject.setting(engine=lane.engine, phase=phase, depth=depth.tokens),
+        "key": subject.key(lane.engine, phase, *depth.parts), "what": f"{lane.engine} on {subject.model}: {phase} {where}",
+        "evidence": subject.evidence,
+        "setting": subject.setting(
+            engine=lane.engine, phase=phase, depth=depth.tokens, neighbours=depth.neighbours
+        ),
         "command": subject.command, "seed": subject.seed,
     }  # fmt: skip
     untried = (
@@ -163,7 +167,9 @@ def speed_row(
     if phase == "decode":
         size = bytes_per_token(subject.config, lane.stored, depth.tokens)
         values["read_per_token_bytes"] = size
-        if reads_memory(subject.config, lane.stored):
+        if not ceilings:
+            pass
+        elif reads_memory(subject.config, lane.stored):
             try:
                 values["read_of_ceiling"] = _share(size, middle, ceilings)
             except BenchError as exc:
@@ -200,8 +206,9 @@ def ratio_row(subject: Subject, run: Running, phase: Phase, depth: Depth, times:
         "verdict": pair.verdict.replace("b is", f"{engine} is").replace("the same build", OURS),
     }  # fmt: skip
     return Row(
-        subject.key("ratio", engine, phase, str(depth.tokens)),
+        subject.key("ratio", engine, phase, *depth.parts),
         f"speed of {OURS} over {engine}, {phase} at {depth.tokens:,} tokens on {subject.model}", "info", subject.evidence,
-        values, setting=subject.setting(peer=engine, phase=phase, depth=depth.tokens), command=subject.command,
-        seed=subject.seed, note=str(values["verdict"]),
+        values,
+        setting=subject.setting(peer=engine, phase=phase, depth=depth.tokens, neighbours=depth.neighbours),
+        command=subject.command, seed=subject.seed, note=str(values["verdict"]),
     )  # fmt: skip

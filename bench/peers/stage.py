@@ -34,6 +34,7 @@ from v4sdk_bench.peers.lanes import (
     our_lane,
     python_of,
 )  # fmt: skip
+from v4sdk_bench.peers.neighbour import busy_neighbour
 from v4sdk_bench.peers.process import PeerError
 from v4sdk_bench.peers.rounds import (
     Depth,
@@ -71,6 +72,7 @@ class Plan:
     Attributes:
         depths: tokens of prefill, after which is decoded. steps: tokens decoded each time.
         rounds, least: wanted, and fewest that give a row. trial: tokens of a trial, 0 for none.
+        beside: tokens of the run beside a busy neighbour, 0 for none.
         prompt, fed: tokens of the parity test on a random model. dialogues: of each task, on the bundled one.
     """
 
@@ -82,10 +84,11 @@ class Plan:
     fed: int
     dialogues: int
     trial: int
+    beside: int = 0
 
 
 QUICK = Plan((128, 512), 8, 3, 3, 192, 8, 1, 0)
-FULL = Plan((128, 512, 2048), 16, 5, 3, 672, 32, 4, 512)
+FULL = Plan((128, 512, 2048), 16, 5, 3, 672, 32, 4, 512, 512)
 
 
 def run(bench: Bench) -> Iterator[Row]:
@@ -255,6 +258,27 @@ class _Run:
                 continue
             last = found
             yield from self._depth_rows(lanes, found, [*before, *self._ceilings(lanes)])
+        if last and self.plan.beside:
+            yield from self._beside(lanes, last)
+
+    def _beside(self, lanes: list[Running], last: Depth) -> Iterator[Row]:
+        """The same comparison with one core busy elsewhere: what spinning threads cost on a shared machine."""
+        tokens, expected = self.plan.beside, 2 * last.round_s(self.plan.beside, self.plan.steps)
+        if self._time() < self.plan.least * expected:
+            why = f"beside a neighbour: the stage has {max(0.0, self._time()):.0f} s left"
+            yield skipped_row(self.subject, "all", why, str(tokens), "beside-a-neighbour")
+            return
+        try:
+            with busy_neighbour():
+                found = take_turns(
+                    lanes, self.setup.ids, tokens, self.plan.steps, self.plan.least, self.bench.say
+                )
+        except PeerError as exc:
+            yield died_row(self.subject, "all", exc, str(tokens), "beside-a-neighbour")
+            return
+        # the neighbour has its share of the memory: no share of the ceiling is told
+        found.neighbours = 1
+        yield from self._depth_rows(lanes, found, [])
 
     def _ceilings(self, lanes: list[Running]) -> list[Any]:
         # before and after the rounds; not at all where no weights come from memory

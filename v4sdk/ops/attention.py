@@ -23,7 +23,9 @@ from v4sdk.weights import Weight
 _WORKSPACE_BYTES = 64 << 20
 _MAX_QUERY_BLOCK = 256
 KV_Q8_BLOCK = 64
-_NORM = "values around one; a norm that rounds in BF16 moves a whole head when its factor falls on the other side"
+_NORM = (
+    "values around one; a norm that rounds in BF16 moves a whole head when its factor falls on the other side"
+)
 # a second BF16 rounding of inputs to sums of a few units
 _BETWEEN = "the values between the two products may keep the reference's BF16 rounding"
 

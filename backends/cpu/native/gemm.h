@@ -226,6 +226,10 @@ static void pair_tiles(const std::uint32_t* panel, std::int64_t blocks, int term
     for (; t < tokens; t++) pair_tile<1>(panel, blocks, terms, x + t * stride, stride, t, row, n, emit);
 }
 
+#if defined(V4_AMX)
+#include "amx.h"
+#endif
+
 template <Encoding E, class Emit>
 static void many_terms(const Matrix& m, std::int64_t begin, std::int64_t end, const Packed* x, std::int64_t stride, std::int64_t tokens,
                        int terms, Emit emit) {

@@ -1,4 +1,12 @@
 // What the shared library gives to Python: levels, kernels by name, the team of threads, and the running of argument blocks.
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
@@ -11,6 +19,10 @@ namespace scalar { extern const Kernel kernels[]; }
 namespace avx2 { extern const Kernel kernels[]; }
 namespace avx512 { extern const Kernel kernels[]; }
 namespace avx512bf16 { extern const Kernel kernels[]; }
+namespace amx { extern const Kernel kernels[]; }
+#if defined(V4_AMX_EMULATED)
+namespace amx_emulated { extern const Kernel kernels[]; }
+#endif
 #endif
 
 namespace {
@@ -31,15 +43,35 @@ bool has_avx512() {
 bool has_avx512bf16() {
     return has_avx512() && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
 }
+
+// the processor has the tiles, and the system lets this process use them: it must be asked once, for their state is large
+bool has_amx() {
+    unsigned a, b, c, d;
+    if (!has_avx512bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
+    if ((d & bf16) == 0 || (d & tile) == 0) return false;
+#if defined(__linux__)
+    constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    static const bool permitted = syscall(SYS_arch_prctl, request, tile_data) == 0;
+    return permitted;
+#else
+    return false;
+#endif
+}
 #endif
 
 // best first
 const Level levels[] = {
 #if defined(__x86_64__)
+    {"amx", amx::kernels, has_amx},
     {"avx512bf16", avx512bf16::kernels, has_avx512bf16},
     {"avx512", avx512::kernels, has_avx512},
     {"avx2", avx2::kernels, has_avx2},
     {"scalar", scalar::kernels, always},
+#if defined(V4_AMX_EMULATED)
+    // last: never taken unless it is named
+    {"amx_emulated", amx_emulated::kernels, has_avx512bf16},
+#endif
 #elif defined(__aarch64__)
     {"neon", scalar::kernels, always},
 #else

@@ -109,18 +109,32 @@ static void order_choices(const ExpertsCall& c, const ExpertsLayout& at, std::in
         }
 }
 
-V4_INLINE float gate(float g, float v, float limit, bool round) {
-    if (round) {
-        g = bf16_float(float_bf16(g));
-        v = bf16_float(float_bf16(v));
+// gated[i] = weight * silu(min(gated[i], limit)) * clamp(v[i]), in rows of whatever length
+static void gate(float* gated, const float* v, std::int64_t n, float weight, float limit, bool round) {
+    alignas(64) float g[kBlock], u[kBlock];
+    for (std::int64_t first = 0; first < n; first += kBlock) {
+        const std::int64_t count = n - first < kBlock ? n - first : kBlock, padded = (count + W - 1) / W * W;
+        for (std::int64_t i = count; i < padded; i++) g[i] = u[i] = 0;
+        __builtin_memcpy(g, gated + first, static_cast<std::size_t>(count) * 4);
+        __builtin_memcpy(u, v + first, static_cast<std::size_t>(count) * 4);
+        if (round) {
+            round_bf16(g, count);
+            round_bf16(u, count);
+        }
+        for (std::int64_t i = 0; i < padded; i += W) {
+            const F x = min(load(g + i), set(limit)), y = max(min(load(u + i), set(limit)), set(-limit));
+            // far below zero the sigmoid is nothing, and its exponential must not overflow
+            const F e = exponential(min(set(0) - x, set(87.0f)));
+            store(g + i, x / (set(1.0f) + e) * y * set(weight));
+        }
+        if (round) round_bf16(g, count);
+        __builtin_memcpy(gated + first, g, static_cast<std::size_t>(count) * 4);
     }
-    g = g > limit ? limit : g;
-    v = v > limit ? limit : v < -limit ? -limit : v;
-    return g / (1.0f + __builtin_expf(-g)) * v;
 }
 
 // What each member of the team computes of a phase: blocks of rows of one group after another, dealt by their number.
 constexpr std::int64_t kGateRows = 32;
+constexpr std::int64_t kAhead = 8, kAheadBytes = 4096;  // experts, and bytes of each, asked for before they are needed
 
 static void experts_of(const ExpertsCall& c, const ExpertsLayout& at, std::int64_t first, std::int64_t last, const Team& team) {
     if (team.rank == 0) order_choices(c, at, first, last);
@@ -146,23 +160,22 @@ static void experts_of(const ExpertsCall& c, const ExpertsLayout& at, std::int64
         const std::int64_t begin = at.bounds[g], n = at.bounds[g + 1] - begin;
         const Matrix* m = c.matrices + 3 * at.choices[begin].expert;
         const char* rows = at.packed + begin * row_bytes;
-        // in runs, so that what w1 gave is still near when w3 comes
-        constexpr std::int64_t kRun = 64;
-        for (std::int64_t r = r0; r < r1; r += kRun) {
-            const std::int64_t end = r1 - r < kRun ? r1 : r + kRun;
-            multiply(m[0], r, end, rows, n, at.terms, [&](std::int64_t t, std::int64_t row, const float* v, int k) {
-                __builtin_memcpy(at.gated + (begin + t) * c.inner + row, v, static_cast<std::size_t>(k) * 4);
-            });
-            multiply(m[2], r, end, rows, n, at.terms, [&](std::int64_t t, std::int64_t row, const float* v, int k) {
-                float* out = at.gated + (begin + t) * c.inner + row;
-                const float weight = at.choices[begin + t].weight;
-                for (int i = 0; i < k; i++) {
-                    const float a = gate(out[i], v[i], c.limit, c.bf16_between) * weight;
-                    out[i] = c.bf16_between ? bf16_float(float_bf16(a)) : a;
-                }
-            });
-        }
+        multiply(m[0], r0, r1, rows, n, at.terms, [&](std::int64_t t, std::int64_t row, const float* v, int k) {
+            __builtin_memcpy(at.gated + (begin + t) * c.inner + row, v, static_cast<std::size_t>(k) * 4);
+        });
+        multiply(m[2], r0, r1, rows, n, at.terms, [&](std::int64_t t, std::int64_t row, const float* v, int k) {
+            gate(at.gated + (begin + t) * c.inner + row, v, k, at.choices[begin + t].weight, c.limit, c.bf16_between);
+        });
         unit = stop;
+    }
+    // what comes after the next two phases is on its way meanwhile
+    const std::int64_t sum_blocks = (c.width + 15) / 16;
+    const Span sums = share(sum_blocks, team);
+    const std::int64_t r0 = sums.begin * 16, r1 = sums.end * 16 < c.width ? sums.end * 16 : c.width;
+    for (std::int64_t g = 0; g < groups && g < kAhead && r0 < r1; g++) {
+        const Matrix& w2 = c.matrices[3 * at.choices[at.bounds[g]].expert + 1];
+        const std::int64_t bytes = (r1 - r0) * w2.row_bytes < kAheadBytes ? (r1 - r0) * w2.row_bytes : kAheadBytes;
+        for (std::int64_t at_byte = 0; at_byte < bytes; at_byte += 64) __builtin_prefetch(w2.data + r0 * w2.row_bytes + at_byte);
     }
     team.barrier();
     const std::int64_t inner_blocks = blocks_of(c.inner), inner_bytes = packed_row_bytes(c.matrices[1], at.inner_terms);
@@ -175,9 +188,6 @@ static void experts_of(const ExpertsCall& c, const ExpertsLayout& at, std::int64
     }
     team.barrier();
     // a member sums its own rows of all tokens, expert after expert
-    const std::int64_t sum_blocks = (c.width + 15) / 16;
-    const Span sums = share(sum_blocks, team);
-    const std::int64_t r0 = sums.begin * 16, r1 = sums.end * 16 < c.width ? sums.end * 16 : c.width;
     if (r0 >= r1) return;
     float* y = static_cast<float*>(c.y.data);
     const bool direct = c.y.dtype == kFloat32 && !c.routed;
