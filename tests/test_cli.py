@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from v4sdk import plugins
 from v4sdk.cli import main
 
 
@@ -226,7 +227,6 @@ def test_a_chat_prompt_reuses_what_a_saved_state_has_in_common(tiny: Run, tmp_pa
         (["--numerics", "exact", "--kv-format", "native"], "KV format `native` cannot hold", "--kv-format float32"),
         (["--backend", "cpuu"], "backend `cpuu` is unknown", "did you mean `cpu`?"),
         (["--backend", "bench"], "plugin `bench` offers no backend", "choose one of"),
-        (["--strict"], "has no kernel for", "leave out --strict"),
         (["--model", "./nowhere"], "folder `./nowhere` does not exist", "owner/name"),
         (["--dialect", "v9"], "`v9`", None),
         (["--resume", "/nowhere/state"], "/nowhere/state", None),
@@ -235,6 +235,12 @@ def test_a_chat_prompt_reuses_what_a_saved_state_has_in_common(tiny: Run, tmp_pa
 )  # fmt: skip
 def test_a_bad_option_is_one_error(tiny: Run, args: list[str], said: str, hinted: str | None) -> None:
     assert_one_error(tiny("abc", *args), said, hinted)
+
+
+def test_strict_refuses_what_has_no_kernel(tiny: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    # as where nothing was compiled
+    monkeypatch.setattr(type(plugins.select("cpu")), "kernels", lambda self: ())
+    assert_one_error(tiny("abc", "--strict"), "has no kernel for", "leave out --strict")
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ from v4sdk.ops.precision import activation_dtype, between_dtype
 from v4sdk.plugins import select
 from v4sdk.progress import silent
 from v4sdk.weights import ExpertWeights, Weight, stack
+from v4sdk_bench.parity.sides import References
 from v4sdk_bench.parity.tiny import TINY, draw
 
 SECONDS = 45.0
@@ -227,7 +228,7 @@ def test_a_rank_prepares_its_own_experts_and_no_others() -> None:
 
 
 def test_a_kernel_is_called_once_and_the_reference_per_expert() -> None:
-    binding = bind(select("cpu"), TINY, EngineConfig(REFERENCE))
+    binding = bind(References(), TINY, EngineConfig(REFERENCE))
     as_kernel = replace(
         binding, ops=tuple(replace(b, how="kernel") if b.op == "routed_experts" else b for b in binding.ops)
     )

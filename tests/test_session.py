@@ -16,13 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from v4sdk import Piece, Result, SamplingParams, Session
+from v4sdk import Piece, Result, SamplingParams, Session, plugins
 from v4sdk.errors import (
-    BackendUnavailable,
     Cancelled,
     CheckpointError,
     ConfigError,
     ContextOverflow,
+    KernelMismatch,
     MemoryRefused,
     PromptError,
     SamplingError,
@@ -407,7 +407,9 @@ def test_folder_without_dialect_refuses_chat_and_names_both_options(
         assert told.chat([_user("x")], params=GREEDY).ids
 
 
-def test_options_are_checked_while_loading(chat_folder: Path, tmp_path: Path) -> None:
+def test_options_are_checked_while_loading(
+    chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UnknownBackend, match="`cpuu`"):
         Session.load(chat_folder, backend="cpuu")
     with pytest.raises(ConfigError, match="numerics `exakt`"):
@@ -416,8 +418,11 @@ def test_options_are_checked_while_loading(chat_folder: Path, tmp_path: Path) ->
         Session.load(chat_folder, numerics="exact", kv_format="native")
     with pytest.raises(CheckpointError, match="does not exist"):
         Session.load(tmp_path / "nothing")
-    with pytest.raises((BackendUnavailable, V4Error)):
-        Session.load(chat_folder, backend="cpu", strict=True)
+    with monkeypatch.context() as bare:
+        # as where nothing was compiled
+        bare.setattr(type(plugins.select("cpu")), "kernels", lambda self: ())
+        with pytest.raises(KernelMismatch, match="has no kernel for"):
+            Session.load(chat_folder, backend="cpu", strict=True)
     (tmp_path / "v4sdk.json").write_text('{"default_mode": "loud"}')
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         shutil.copy(chat_folder / name, tmp_path / name)

@@ -7,7 +7,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -220,9 +220,12 @@ def serve_experts(model: str | Path | None, options: LoadOptions, on_progress: O
     """
     team = options.team
     assert team is not None
+    backend = _choices(options)[2]
+    options = replace(options, backend=backend)
     try:
         serve(team, lambda: _open_share(model, options, team, on_progress))
     finally:
+        backend.close()
         collect()
 
 

@@ -73,7 +73,11 @@ class Library:
         self.level = self.levels[0]
         self.threads = 1
         self.affinity: tuple[int, ...] = ()
-        self.set_threads(_usable_cores())
+        # whoever limits the threads of one library in a process means all of them, e.g. a launcher of several processes
+        limit = os.environ.get("OMP_NUM_THREADS", "")
+        self.set_threads(
+            min(_usable_cores(), int(limit)) if limit.isdigit() and int(limit) else _usable_cores()
+        )
         self._from_environment()
 
     def _from_environment(self) -> None:
@@ -224,8 +228,8 @@ def _processors(text: str) -> tuple[int, ...]:
     """Processors from a list such as `0,2,4-7`."""
     found: list[int] = []
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdigit() or (last and not last.isdigit()):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
             raise ConfigError(f"{AFFINITY_VARIABLE} is `{text}`, expected processors such as `0,2,4-7`")
         found += range(int(first), int(last or first) + 1)
     usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(found)
