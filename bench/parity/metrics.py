@@ -33,8 +33,9 @@ DIFFERENT_MEAN_KL = 5e-2
 EXACT_SAME_RELATIVE = 1e-4
 EXACT_DRIFTED_RELATIVE = 1e-3
 # two builds with the same roundings (numerics `fast`), over any text: another order of summation measured 2e-4 on v4-nano,
-# chunks of one engine 7e-4, the smallest planted mistake 4.5e-3
-SAME_ROUNDINGS_MEAN_KL = 1e-3
+# chunks of one engine 7e-4, kernels that keep BF16 roundings between the parts of an op 1.1e-3, the smallest planted mistake
+# 4.5e-3
+SAME_ROUNDINGS_MEAN_KL = 2e-3
 
 TOP = 5
 BUCKETS = ("0-3", "4-7", "8-127", "128-131", "to the top-k limit", "beyond")

@@ -17,9 +17,15 @@ from v4sdk_bench.suites.parity_rows import NUMERICS, judged_row, late_row, model
 
 _LAYER_TOKENS = 288
 _SAME_TOKENS = "parity/model/backend-vs-references/same-tokens"
-# in `fast`, index scores are not rounded to BF16, so more of them are near ties: another order of summation alone moved 4% of
-# v4-nano's picks, over all layers, by way of the layers in front
-_SAME_CHOICES_FAST = 0.9
+# Of a whole model, sets equal at least this often between two builds of one numerics option. Where anything is rounded, what
+# is near a tie falls the other way by way of the layers in front: in v4-nano a last place of the rotary table alone moved 3%
+# of the picks (`reference`), another order of summation 4% (`fast`), the running maximum in place of the row's own in front of
+# the rounded numerators 10%. What a layer does to its own input is held to 99% by `parity/layer`.
+_SAME_SETS = {
+    "exact": {"same_experts": SETS_EQUAL_LIMIT, "same_picks": SETS_EQUAL_LIMIT},
+    "reference": {"same_experts": 0.98, "same_picks": 0.8},
+    "fast": {"same_experts": 0.9, "same_picks": 0.8},
+}
 
 
 def layer(bench: Bench) -> Iterator[Row]:
@@ -128,17 +134,14 @@ def _model_rows(
     kl = metrics.BF16_MEAN_KL if bench.model is None else metrics.QUANTISED_MEAN_KL
     limits = {"kl_mean": kl} if found.rounded else {"relative_l2": metrics.EXACT_SAME_RELATIVE}
     a, b = (name.split(":")[1:] for name in labels)
-    fast = a[0] == "fast"
-    if a == b and fast and bench.model is None:
+    if a == b and a[0] == "fast" and bench.model is None:
         limits["kl_mean_everywhere"] = metrics.SAME_ROUNDINGS_MEAN_KL
     values = {**whole.values(), "verdict": found.verdict, "kl_mean_everywhere": found.everywhere.kl_mean}
     yield judged_row(bench, f"{key}/all", f"{pair}: {found.verdict}", values, limits, **setting)
     shares = {"same_experts": found.routes, "same_picks": found.picks}
     told = {name: share for name, share in shares.items() if share is not None}
     # between two numerics options roundings may choose; in the same one only near ties may fall the other way
-    wanted = (
-        {f">={name}": _SAME_CHOICES_FAST if fast else SETS_EQUAL_LIMIT for name in told} if a == b else {}
-    )
+    wanted = {f">={name}": _SAME_SETS[a[0]][name] for name in told} if a == b else {}
     yield judged_row(
         bench, f"{key}/choices", f"{pair}: experts and picked entries of a token are the same sets", told, wanted,
         f"least in {found.worst_choice}", **setting,
