@@ -24,11 +24,18 @@ V4_INLINE void tile_load_pairs(const void* p, std::int64_t stride) {
 }
 template <int C, int A, int B>
 V4_INLINE void tile_dot() {
-    for (int m = 0; m < 16; m++)
-        for (int k = 0; k < 16; k++)
-            for (int n = 0; n < 16; n++)
-                for (int i = 0; i < 2; i++)
-                    tile_unit.sum[C][m][n] += bf16_float(tile_unit.a[A][m][2 * k + i]) * bf16_float(tile_unit.b[B][k][2 * n + i]);
+    // a row of sums at a time, by vectors: sanitizers watch every access of a loop over numbers
+    for (int m = 0; m < 16; m++) {
+        __m512 sum = _mm512_loadu_ps(tile_unit.sum[C][m]);
+        for (int k = 0; k < 16; k++) {
+            const __m512i pairs = _mm512_loadu_si512(tile_unit.b[B][k]);
+            const __m512 low = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+            const __m512 high = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+            sum = _mm512_fmadd_ps(_mm512_set1_ps(bf16_float(tile_unit.a[A][m][2 * k])), low, sum);
+            sum = _mm512_fmadd_ps(_mm512_set1_ps(bf16_float(tile_unit.a[A][m][2 * k + 1])), high, sum);
+        }
+        _mm512_storeu_ps(tile_unit.sum[C][m], sum);
+    }
 }
 template <int C>
 V4_INLINE void tile_store(float* p, std::int64_t stride) {
