@@ -26,7 +26,7 @@ State = Literal["ok", "failed", "info", "not run"]
 Status = Literal["running", "interrupted", "complete"]
 
 # what a row may not say when its result is wrong
-SPEED_ENDINGS = ("_s", "_per_s", "_of_ceiling", "_ratio")
+SPEED_ENDINGS = ("_s", "_per_s", "_of_ceiling", "_of_fastest", "_ratio")
 # what a record must know of its device before a row may claim evidence `device`
 DEVICE_PROOF = ("uuid", "driver", "kernel_s")
 # suites whose rows are about time: on a device it is the device's own clock that counts

@@ -110,7 +110,10 @@ def run(options: Options, output: Path, command: str, on_event: OnEvent, restart
     plan = stages(options)
     record.save(output)
     try:
-        with tempfile.TemporaryDirectory(prefix="v4sdk-bench-") as scratch, _threads(options.threads):
+        with (
+            tempfile.TemporaryDirectory(prefix="v4sdk-bench-") as scratch,
+            _threads(backend, options.threads),
+        ):
             bench = Bench(
                 backend, record, Path(scratch), cache_folder(), options.quick, options.seed, options.model,
                 dict(options.peers), options.golden, options.only,
@@ -251,14 +254,17 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def _threads(backend: Backend, count: int | None) -> Iterator[None]:
+    if not count:
+        yield
+        return
     import torch
 
     before = torch.get_num_threads()
-    if count:
-        torch.set_num_threads(count)
+    torch.set_num_threads(count)
     try:
-        yield
+        with backend.with_threads(count):
+            yield
     finally:
         torch.set_num_threads(before)
 

@@ -29,9 +29,11 @@ from v4sdk_bench.peers.lanes import (
     our_lane,
 )
 from v4sdk_bench.peers.process import Peer, PeerError, environment
+from v4sdk_bench.peers.rows import shares_of
 from v4sdk_bench.peers.stage import Plan
 from v4sdk_bench.record import SPEED_ENDINGS, Record, Row
-from v4sdk_bench.stage import Bench
+from v4sdk_bench.speed.ceilings import Ceiling, ReadProbe
+from v4sdk_bench.stage import Bench, BenchError
 
 IDS = np.random.default_rng(3).integers(0, TINY_MINI.vocab_size, 150).tolist()
 
@@ -363,3 +365,24 @@ def test_the_best_of_each_setting_is_put_together(forms: Forms) -> None:
     # where only one setting helps, it has been tried already
     speed[1] = 9.0
     assert combined([(lane, speed[at]) for at, lane in enumerate(lanes)]) is None
+
+
+def test_each_round_is_held_against_the_bandwidth_around_it() -> None:
+    def ceiling(value: float) -> Ceiling:
+        return Ceiling("read", value, "bytes_per_s", value, value, 2, 10**9, "2026-11-23")
+
+    # 10 GB a token; memory gave 20, then 40, then 20 GB/s, and 50 in another moment of the run
+    found = shares_of(10**10, [0.5, 1.0, 0.4], [2e10, 4e10, 2e10, 6e10], [ceiling(5e10), ceiling(3e10)])
+    assert found["read_of_ceiling"] == pytest.approx(10 / 0.4 / 40)
+    assert found["low_read_of_ceiling"] <= found["read_of_ceiling"] <= found["high_read_of_ceiling"]
+    assert found["read_of_fastest"] == pytest.approx(10 / 0.5 / 50)
+    assert found["ceiling_bytes_per_s"] == 3e10
+    with pytest.raises(BenchError, match="below its floor"):
+        shares_of(10**10, [0.3], [2e10, 2e10], [ceiling(5e10)])
+
+
+def test_the_probe_reads_what_it_says() -> None:
+    probe = ReadProbe(torch.device("cpu"), None, buffer_bytes=1 << 24)
+    assert 1e8 < probe.rate() < 1e13
+    with pytest.raises(BenchError, match="bytes of memory are free"):
+        ReadProbe(torch.device("cpu"), None, buffer_bytes=10**15)

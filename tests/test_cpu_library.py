@@ -143,3 +143,10 @@ def test_without_a_library_the_references_answer(tmp_path: Path) -> None:
         [sys.executable, "-m", "v4sdk", "doctor"], capture_output=True, text=True, env=missing
     )
     assert "not built" in doctor.stdout
+
+
+def test_a_team_of_another_size_for_a_while(library: Any) -> None:
+    before = library.threads
+    with plugins.select("cpu").with_threads(before + 2):
+        assert library.threads == before + 2
+    assert library.threads == before

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
@@ -199,6 +199,10 @@ class Backend(ABC):
     def hollow(self) -> AbstractContextManager[None] | None:
         """While entered, kernels do nothing, so that a benchmark sees the host's share of a step (optional; None: unknown)."""
         return None
+
+    def with_threads(self, count: int) -> AbstractContextManager[None]:
+        """While entered, kernels that run on the host use this many of its threads (optional; torch's own are not meant)."""
+        return nullcontext()
 
     def synchronize(self) -> None:  # noqa: B027 - optional by contract, a host has nothing to wait for
         """Wait for the device (optional)."""

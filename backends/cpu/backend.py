@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -69,6 +69,11 @@ class CpuBackend(Backend):
         native = library()
         if native is not None:
             native.rest()
+
+    def with_threads(self, count: int) -> AbstractContextManager[None]:
+        """Resize the team."""
+        native = library()
+        return nullcontext() if native is None else native.at_threads(count)
 
     def hollow(self) -> AbstractContextManager[None] | None:
         """Run the level whose kernels do nothing."""

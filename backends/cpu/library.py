@@ -116,6 +116,16 @@ class Library:
         self._lib.v4_threads(count)
         self.threads = count
 
+    @contextmanager
+    def at_threads(self, count: int) -> Iterator[None]:
+        """Run a team of another size for a while."""
+        before = self.threads
+        self.set_threads(count)
+        try:
+            yield
+        finally:
+            self.set_threads(before)
+
     def set_affinity(self, processors: Sequence[int]) -> None:
         """Pin team members 1.. to processors, one after another; the caller's thread is left where it is."""
         array = (ctypes.c_int * len(processors))(*processors)

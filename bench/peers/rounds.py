@@ -197,7 +197,8 @@ class Depth:
     """All rounds at one depth: `times` by place in the line; the first lane runs a second time at the end of each round.
 
     Attributes:
-        neighbours: processes that kept a core busy meanwhile.
+        neighbours: processes that kept a core busy meanwhile. bandwidth: bytes per second that memory gave before the first
+            round and after each; empty where it was not measured.
     """
 
     tokens: int
@@ -205,6 +206,7 @@ class Depth:
     again: Times
     load: float = 0.0
     neighbours: int = 0
+    bandwidth: list[float] = field(default_factory=list)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -219,19 +221,27 @@ class Depth:
 
 
 def take_turns(
-    lanes: Sequence[Running], ids: Sequence[int], depth: int, steps: int, rounds: int, say: Callable[[str], None]
+    lanes: Sequence[Running], ids: Sequence[int], depth: int, steps: int, rounds: int, say: Callable[[str], None],
+    bandwidth: Callable[[], float] | None = None,
 ) -> Depth:  # fmt: skip
     """Run every lane once per round, A B C A, backwards in every second round.
+
+    Args:
+        bandwidth: measures what memory gives at a moment.
 
     Raises:
         PeerError: if one fails; the others are not measured further at this depth.
     """
     found = Depth(depth, [Times() for _ in lanes], Times())
     line = [*zip(lanes, found.times, strict=True), (lanes[0], found.again)]
+    if bandwidth:
+        found.bandwidth.append(bandwidth())
     for number in range(rounds):
         for run, times in line if number % 2 == 0 else reversed(line):
             say(f"{depth:,} tokens, round {number + 1} of {rounds}: {run.lane.engine}")
             once(run, times, ids, depth, steps)
+        if bandwidth:
+            found.bandwidth.append(bandwidth())
     found.load = load()
     return found
 

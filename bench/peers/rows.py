@@ -171,7 +171,7 @@ def speed_row(
             pass
         elif reads_memory(subject.config, lane.stored):
             try:
-                values["read_of_ceiling"] = _share(size, middle, ceilings)
+                values |= shares_of(size, first_lane, depth.bandwidth, ceilings)
             except BenchError as exc:
                 return Row(state="failed", values={"version": run.about["version"]}, note=exc.message, **made)
         else:
@@ -187,11 +187,26 @@ def reads_memory(config: ModelConfig, stored: Stored) -> bool:
     return size >= _TIMES_CACHE * cache
 
 
-def _share(size: int, seconds: float, ceilings: Sequence[limits.Ceiling]) -> float:
-    """The share of the measured bandwidth that reading `size` bytes in `seconds` is."""
-    bandwidth = max(c.value for c in ceilings if c.unit == limits.BYTES)
-    share: float = limits.share(size / bandwidth, seconds)
-    return share
+def shares_of(
+    size: int, seconds: Sequence[float], bandwidth: Sequence[float], ceilings: Sequence[limits.Ceiling]
+) -> dict[str, Value]:
+    """What share of memory's bandwidth reading `size` bytes per token is, of `seconds` per token by round.
+
+    On a shared machine the bandwidth of one second is not that of the next: each round is held against what was measured just
+    before and after it, and all against the fastest moment of the run.
+    """
+    fastest = max(c.value for c in ceilings if c.unit == limits.BYTES)
+    values: dict[str, Value] = {"read_of_fastest": limits.share(size / fastest, statistics.median(seconds))}
+    if bandwidth:
+        pairs = zip(seconds, bandwidth[:-1], bandwidth[1:], strict=True)
+        shares = [size / s / ((before + after) / 2) for s, before, after in pairs]
+        middle = statistics.median(shares)
+        values |= {
+            "read_of_ceiling": limits.share(middle, 1.0),
+            "low_read_of_ceiling": percentile(shares, 0.1), "high_read_of_ceiling": percentile(shares, 0.9),
+            "ceiling_bytes_per_s": statistics.median(bandwidth),
+        }  # fmt: skip
+    return values
 
 
 def ratio_row(subject: Subject, run: Running, phase: Phase, depth: Depth, times: Times) -> Row:

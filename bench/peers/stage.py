@@ -60,6 +60,7 @@ from v4sdk_bench.peers.rows import (
 )  # fmt: skip
 from v4sdk_bench.peers.texts import ParityText, bundled_text, is_bundled, random_ids, random_text
 from v4sdk_bench.record import Row, not_run
+from v4sdk_bench.speed.ceilings import ReadProbe
 from v4sdk_bench.stage import Bench, Stage
 
 _CEILING_S = 3.0
@@ -237,6 +238,7 @@ class _Run:
             yield skipped_row(self.subject, "all", why)
             return
         before = self._ceilings(lanes)
+        probe = ReadProbe(self.bench.backend.device, self.bench.backend.synchronize) if before else None
         last: Depth | None = None
         for depth in self.plan.depths:
             expected = last.round_s(depth, self.plan.steps) if last else 0.0
@@ -248,7 +250,15 @@ class _Run:
                 )  # fmt: skip
                 continue
             try:
-                found = take_turns(lanes, self.setup.ids, depth, self.plan.steps, rounds, self.bench.say)
+                found = take_turns(
+                    lanes,
+                    self.setup.ids,
+                    depth,
+                    self.plan.steps,
+                    rounds,
+                    self.bench.say,
+                    probe and probe.rate,
+                )
             except PeerError as exc:
                 dead = next((one for one in lanes if one.peer.name in exc.message), lanes[0])
                 yield died_row(self.subject, dead.lane.engine, exc, str(depth))

@@ -28,6 +28,7 @@ _GEMM_SIDES = (1024, 2048, 4096, 8192)
 # a product that takes this long hides its start, and a larger one would only cost time
 _LONG_ENOUGH_S = 0.05
 _DEVICE_LAST_LEVEL = "L2_cache_size"
+_PROBE_READS = 7
 # floats of the random pattern that fills a buffer, and columns of the matrix that is read
 _TILE, _COLUMNS = 1 << 20, 1 << 12
 
@@ -75,6 +76,28 @@ def measure(
             if gemm is not None:
                 found.append(gemm)
     return found
+
+
+class ReadProbe:
+    """Reads one buffer whenever it is asked: the bandwidth of a moment, on a machine that is shared.
+
+    Raises:
+        BenchError: if memory has no room for the buffer.
+    """
+
+    def __init__(self, device: torch.device, sync: Call | None, buffer_bytes: int = BUFFER_BYTES) -> None:
+        free = _free_on(device)
+        if free is not None and free < 2 * buffer_bytes:
+            raise BenchError(f"{free:,} bytes of memory are free, reading {buffer_bytes:,} needs twice that")
+        self._sync, self._source = sync, _buffer(device, buffer_bytes)
+        self._read = min(
+            _reads(self._source), key=lambda way: sample(way[1], 0.0, least=3, sync=sync).median
+        )[1]
+
+    def rate(self) -> float:
+        """Bytes per second, the middle of a few reads."""
+        seconds: float = sample(self._read, 0.0, least=_PROBE_READS, sync=self._sync).median
+        return self._source.nbytes / seconds
 
 
 def best(ceilings: Sequence[Ceiling | Mapping[str, Any]]) -> list[Ceiling]:
