@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from v4sdk.engine import Engine
     from v4sdk.sequence import SequenceState
 
-QUICK, FULL = (512, 1024, 2048, 4096, 8192), (512, 2048, 8192, 32_768, 131_072)
+QUICK, FULL = (512, 1024, 2048, 4096, 8192), (512, 2048, 8192, 32_768, 129_024, 131_072)
 SYNTHETIC, FULL_SYNTHETIC = (131_072, 1_048_576), (262_144, 524_288, 1_048_576)
 PROBE = 32
 _MODULE = "v4sdk_bench.speed.frontier"

@@ -110,9 +110,7 @@ static void compress(const void* arguments, const Team& team) {
     pack(c.x, c.step.tokens, c.wkv, false, at.terms_kv, at.packed_kv, team);
     pack(c.x, c.step.tokens, c.wgate, false, at.terms_gate, at.packed_gate, team);
     team.barrier();
-    const Span part = share((w + 15) / 16, team);
-    const std::int64_t r0 = part.begin * 16, r1 = part.end * 16 < w ? part.end * 16 : w;
-    if (r0 < r1) {
+    deal_rows(team, 0, w, [&](std::int64_t r0, std::int64_t r1) {
         multiply(c.wkv, r0, r1, at.packed_kv, c.step.tokens, at.terms_kv, [&](std::int64_t t, std::int64_t r, const float* v, int n) {
             __builtin_memcpy(at.pair + 2 * t * w + r, v, static_cast<std::size_t>(n) * 4);
         });
@@ -120,7 +118,7 @@ static void compress(const void* arguments, const Team& team) {
             const float* ape = c.ape + c.step.positions[t] % c.ratio * w + r;
             for (int i = 0; i < n; i++) at.pair[(2 * t + 1) * w + r + i] = v[i] + ape[i];
         });
-    }
+    });
     team.barrier();
     float *row = at.rows + team.rank * at.width, *table = at.table + team.rank * 2 * c.half;
     const float *k[kMostPooled], *z[kMostPooled];

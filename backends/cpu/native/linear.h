@@ -15,7 +15,8 @@ static void linear(const void* arguments, const Team& team) {
     const LinearLayout at(c, workspace(), team.size);
     pack(c.x, c.tokens, c.weight, c.q8_input, at.terms, at.packed, team);
     team.barrier();
-    const Span rows = share(c.weight.rows, team);
-    multiply(c.weight, rows.begin, rows.end, at.packed, c.tokens, at.terms,
-             [&](std::int64_t t, std::int64_t row, const float* values, int n) { write_row(c.y, t, row, n, values); });
+    deal_rows(team, 0, c.weight.rows, [&](std::int64_t begin, std::int64_t end) {
+        multiply(c.weight, begin, end, at.packed, c.tokens, at.terms,
+                 [&](std::int64_t t, std::int64_t row, const float* values, int n) { write_row(c.y, t, row, n, values); });
+    });
 }

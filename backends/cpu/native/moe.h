@@ -132,12 +132,15 @@ static void gate(float* gated, const float* v, std::int64_t n, float weight, flo
     }
 }
 
-// What each member of the team computes of a phase: blocks of rows of one group after another, dealt by their number.
+// Blocks of rows of one group after another are dealt by their number.
 constexpr std::int64_t kGateRows = 32;
-constexpr std::int64_t kAhead = 8, kAheadBytes = 4096;  // experts, and bytes of each, asked for before they are needed
+constexpr int kGatePhase = 0, kSumPhase = 1;
 
 static void experts_of(const ExpertsCall& c, const ExpertsLayout& at, std::int64_t first, std::int64_t last, const Team& team) {
-    if (team.rank == 0) order_choices(c, at, first, last);
+    if (team.rank == 0) {
+        order_choices(c, at, first, last);
+        team.deal_again();
+    }
     team.barrier();
     const std::int64_t groups = *at.groups, count = (last - first) * c.chosen;
     const std::int64_t blocks = blocks_of(c.width), row_bytes = packed_row_bytes(c.matrices[0], at.terms);
@@ -151,8 +154,8 @@ static void experts_of(const ExpertsCall& c, const ExpertsLayout& at, std::int64
     }
     team.barrier();
     const std::int64_t row_blocks = (c.inner + kGateRows - 1) / kGateRows;
-    const Span gates = share(groups * row_blocks, team);
-    for (std::int64_t unit = gates.begin; unit < gates.end;) {
+    for (Span gates = {0, 0}; gates.begin < gates.end || team.take(kGatePhase, groups * row_blocks, 2, gates);) {
+        const std::int64_t unit = gates.begin;
         // as many blocks of this group as are dealt to this member
         const std::int64_t g = unit / row_blocks, r0 = unit % row_blocks * kGateRows;
         const std::int64_t stop = gates.end < (g + 1) * row_blocks ? gates.end : (g + 1) * row_blocks;
@@ -166,16 +169,7 @@ static void experts_of(const ExpertsCall& c, const ExpertsLayout& at, std::int64
         multiply(m[2], r0, r1, rows, n, at.terms, [&](std::int64_t t, std::int64_t row, const float* v, int k) {
             gate(at.gated + (begin + t) * c.inner + row, v, k, at.choices[begin + t].weight, c.limit, c.bf16_between);
         });
-        unit = stop;
-    }
-    // what comes after the next two phases is on its way meanwhile
-    const std::int64_t sum_blocks = (c.width + 15) / 16;
-    const Span sums = share(sum_blocks, team);
-    const std::int64_t r0 = sums.begin * 16, r1 = sums.end * 16 < c.width ? sums.end * 16 : c.width;
-    for (std::int64_t g = 0; g < groups && g < kAhead && r0 < r1; g++) {
-        const Matrix& w2 = c.matrices[3 * at.choices[at.bounds[g]].expert + 1];
-        const std::int64_t bytes = (r1 - r0) * w2.row_bytes < kAheadBytes ? (r1 - r0) * w2.row_bytes : kAheadBytes;
-        for (std::int64_t at_byte = 0; at_byte < bytes; at_byte += 64) __builtin_prefetch(w2.data + r0 * w2.row_bytes + at_byte);
+        gates.begin = stop;
     }
     team.barrier();
     const std::int64_t inner_blocks = blocks_of(c.inner), inner_bytes = packed_row_bytes(c.matrices[1], at.inner_terms);
@@ -187,28 +181,29 @@ static void experts_of(const ExpertsCall& c, const ExpertsLayout& at, std::int64
         pack_values(c.matrices[1], block, n, b, at.inner_terms, at.inner_packed + i * inner_bytes);
     }
     team.barrier();
-    // a member sums its own rows of all tokens, expert after expert
-    if (r0 >= r1) return;
+    // a member sums the rows it takes for all tokens, expert after expert
     float* y = static_cast<float*>(c.y.data);
     const bool direct = c.y.dtype == kFloat32 && !c.routed;
-    if (direct)
-        for (std::int64_t t = first; t < last; t++) __builtin_memset(y + t * c.y.stride + r0, 0, static_cast<std::size_t>(r1 - r0) * 4);
-    for (std::int64_t g = 0; g < groups; g++) {
-        const std::int64_t begin = at.bounds[g], n = at.bounds[g + 1] - begin;
-        multiply(c.matrices[3 * at.choices[begin].expert + 1], r0, r1, at.inner_packed + begin * inner_bytes, n, at.inner_terms,
-                 [&](std::int64_t t, std::int64_t row, const float* v, int k) {
-                     const std::int64_t token = at.choices[begin + t].token;
-                     float out[64];
-                     for (int i = 0; i < k; i++) out[i] = c.bf16_between ? bf16_float(float_bf16(v[i])) : v[i];
-                     if (direct) {
-                         float* into = y + token * c.y.stride + row;
-                         for (int i = 0; i < k; i++) into[i] += out[i];
-                     } else {
-                         for (int i = 0; i < k; i++) out[i] += c.routed[token * c.width + row + i];
-                         write_row(c.y, token, row, k, out);
-                     }
-                 });
-    }
+    deal_rows(team, kSumPhase, c.width, [&](std::int64_t r0, std::int64_t r1) {
+        if (direct)
+            for (std::int64_t t = first; t < last; t++) __builtin_memset(y + t * c.y.stride + r0, 0, static_cast<std::size_t>(r1 - r0) * 4);
+        for (std::int64_t g = 0; g < groups; g++) {
+            const std::int64_t begin = at.bounds[g], n = at.bounds[g + 1] - begin;
+            multiply(c.matrices[3 * at.choices[begin].expert + 1], r0, r1, at.inner_packed + begin * inner_bytes, n, at.inner_terms,
+                     [&](std::int64_t t, std::int64_t row, const float* v, int k) {
+                         const std::int64_t token = at.choices[begin + t].token;
+                         float out[64];
+                         for (int i = 0; i < k; i++) out[i] = c.bf16_between ? bf16_float(float_bf16(v[i])) : v[i];
+                         if (direct) {
+                             float* into = y + token * c.y.stride + row;
+                             for (int i = 0; i < k; i++) into[i] += out[i];
+                         } else {
+                             for (int i = 0; i < k; i++) out[i] += c.routed[token * c.width + row + i];
+                             write_row(c.y, token, row, k, out);
+                         }
+                     });
+        }
+    });
 }
 
 static void routed_experts(const void* arguments, const Team& team) {

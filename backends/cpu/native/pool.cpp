@@ -70,12 +70,17 @@ struct alignas(64) Padded {
     std::atomic<int> sleepers{0};
 };
 
+struct alignas(64) Dealt {
+    std::atomic<std::int64_t> next[kPhases] = {};
+};
+
 struct Pool {
     std::vector<std::thread> workers;
     int size = 1;
     Padded start;      // generation of the current call
     Padded arrived;    // members at the current barrier
     Padded phase;      // generation of the barrier
+    Dealt dealt;       // units of each phase of the current call that are taken
     Body body = nullptr;
     const void* arguments = nullptr;
     bool stopping = false;
@@ -173,6 +178,24 @@ void Team::barrier() const {
     if (size > 1) sync(pool());
 }
 
+void Team::deal_again() const {
+    for (std::atomic<std::int64_t>& next : pool().dealt.next) next.store(0, std::memory_order_relaxed);
+}
+
+bool Team::take(int phase, std::int64_t count, std::int64_t least, Span& mine) const {
+    std::atomic<std::int64_t>& next = pool().dealt.next[phase];
+    std::int64_t begin = next.load(std::memory_order_relaxed), n;
+    do {
+        const std::int64_t left = count - begin;
+        if (left <= 0) return false;
+        n = size == 1 ? left : left * 3 / (4 * size);
+        const std::int64_t floor = least > count / (8 * size) ? least : count / (8 * size);
+        n = n > floor ? n : floor < left ? floor : left;
+    } while (!next.compare_exchange_weak(begin, begin + n, std::memory_order_relaxed));
+    mine = {begin, begin + n};
+    return true;
+}
+
 void pool_resize(int threads) {
     Pool& p = pool();
     if (threads < 1) threads = 1;
@@ -191,6 +214,7 @@ void pool_affinity(const int* processors, int count) {
 
 void pool_run(Body body, const void* arguments) {
     Pool& p = pool();
+    Team{0, p.size}.deal_again();
     if (p.size == 1) {
         body(arguments, Team{0, 1});
         return;

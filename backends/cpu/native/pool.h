@@ -5,13 +5,22 @@
 
 namespace v4 {
 
-// What a kernel sees of its team. `barrier` waits for every member; the work between two barriers may read what was written
+// units [begin, end), and what a kernel sees of its team. `barrier` waits for every member; the work between two barriers may read what was written
 // before the first.
+struct Span {
+    std::int64_t begin, end;
+};
 struct Team {
     int rank;
     int size;
     void barrier() const;
+    // The next piece of `count` units, at least `least` of them; false when all are dealt. Pieces are large first, and a member that
+    // is held up takes fewer. Each phase of a kernel counts for itself, 0 to kPhases - 1, once per call of the kernel.
+    bool take(int phase, std::int64_t count, std::int64_t least, Span& mine) const;
+    // Has all phases count from zero; one member calls it, between two barriers.
+    void deal_again() const;
 };
+constexpr int kPhases = 8;
 
 using Body = void (*)(const void* arguments, const Team& team);
 
@@ -27,9 +36,6 @@ void pool_run(Body body, const void* arguments);
 void* thread_buffer(std::size_t bytes);
 
 // rows [begin, end) of member `rank` when `count` units of `unit` rows are dealt evenly
-struct Span {
-    std::int64_t begin, end;
-};
 static inline Span share(std::int64_t count, const Team& team) {
     return {count * team.rank / team.size, count * (team.rank + 1) / team.size};
 }

@@ -17,6 +17,14 @@ V4_INLINE int terms_for(const Matrix& m, Encoding x, bool q8) {
 V4_INLINE std::int64_t packed_row_bytes(const Matrix& m, int terms) { return blocks_of(m.cols) * kBlock * (terms ? 2 * terms : 4); }
 V4_INLINE std::int64_t packed_bytes(const Matrix& m, std::int64_t tokens, int terms) { return tokens * packed_row_bytes(m, terms); }
 
+// The rows of a matrix dealt among the team in whole panels: body(begin, end) for each piece this member takes.
+template <class Body>
+static void deal_rows(const Team& team, int phase, std::int64_t rows, Body body) {
+    constexpr std::int64_t panel = 16;
+    for (Span piece; team.take(phase, (rows + panel - 1) / panel, 2, piece);)
+        body(piece.begin * panel, piece.end * panel < rows ? piece.end * panel : rows);
+}
+
 // One block of `n` <= 128 values of one token (the rest is zero), at block `b` of the token's packed row.
 V4_INLINE void pack_values(const Matrix& m, const float* values, std::int64_t n, std::int64_t b, int terms, char* packed_row) {
 #if defined(V4_BF16)

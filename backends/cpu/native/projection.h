@@ -52,9 +52,10 @@ static void q_project(const void* arguments, const Team& team) {
     float* row = at.rows + team.rank * at.widest;
     pack(c.x, c.tokens, c.wq_a, c.q8_a, at.terms_a, at.packed_a, team);
     team.barrier();
-    const Span low = share(rank_rows, team);
-    multiply(c.wq_a, low.begin, low.end, at.packed_a, c.tokens, at.terms_a, [&](std::int64_t t, std::int64_t r, const float* v, int n) {
-        __builtin_memcpy(at.low + t * rank_rows + r, v, static_cast<std::size_t>(n) * 4);
+    deal_rows(team, 0, rank_rows, [&](std::int64_t begin, std::int64_t end) {
+        multiply(c.wq_a, begin, end, at.packed_a, c.tokens, at.terms_a, [&](std::int64_t t, std::int64_t r, const float* v, int n) {
+            __builtin_memcpy(at.low + t * rank_rows + r, v, static_cast<std::size_t>(n) * 4);
+        });
     });
     team.barrier();
     const Span tokens = share(c.tokens, team);
@@ -68,17 +69,18 @@ static void q_project(const void* arguments, const Team& team) {
     }
     team.barrier();
     // a member finishes the heads it computed; between the two they lie in the result, in its dtype
-    const Span heads = share(c.heads, team);
-    multiply(c.wq_b, heads.begin * dim, heads.end * dim, at.packed_b, c.tokens, at.terms_b,
-             [&](std::int64_t t, std::int64_t r, const float* v, int n) { write_row(c.q, t, r, n, v); });
-    for (std::int64_t t = 0; t < c.tokens; t++)
-        for (std::int64_t h = heads.begin; h < heads.end; h++) {
-            read_row(columns(c.q, h * dim), t, dim, row);
-            normalise_head(row, dim, c.eps, c.bf16_norm);
-            if (c.bf16_between) round_bf16(row, dim);
-            rotate(row + dim - c.rope, c.table + t * c.rope, c.rope / 2, false);
-            write_row(c.q, t, h * dim, dim, row);
-        }
+    for (Span heads; team.take(1, c.heads, 1, heads);) {
+        multiply(c.wq_b, heads.begin * dim, heads.end * dim, at.packed_b, c.tokens, at.terms_b,
+                 [&](std::int64_t t, std::int64_t r, const float* v, int n) { write_row(c.q, t, r, n, v); });
+        for (std::int64_t t = 0; t < c.tokens; t++)
+            for (std::int64_t h = heads.begin; h < heads.end; h++) {
+                read_row(columns(c.q, h * dim), t, dim, row);
+                normalise_head(row, dim, c.eps, c.bf16_norm);
+                if (c.bf16_between) round_bf16(row, dim);
+                rotate(row + dim - c.rope, c.table + t * c.rope, c.rope / 2, false);
+                write_row(c.q, t, h * dim, dim, row);
+            }
+    }
 }
 
 struct KvLayout {
@@ -109,12 +111,11 @@ static void kv_project_store(const void* arguments, const Team& team) {
         write_row(c.y, i, 0, dim, row);
     }
     team.barrier();
-    const Span part = share((dim + 15) / 16, team);
-    const std::int64_t end = part.end * 16 < dim ? part.end * 16 : dim;
-    if (part.begin * 16 < end)
-        multiply(c.wkv, part.begin * 16, end, at.packed, c.step.tokens, at.terms, [&](std::int64_t t, std::int64_t r, const float* v, int n) {
+    deal_rows(team, 0, dim, [&](std::int64_t begin, std::int64_t end) {
+        multiply(c.wkv, begin, end, at.packed, c.step.tokens, at.terms, [&](std::int64_t t, std::int64_t r, const float* v, int n) {
             __builtin_memcpy(at.rows + t * dim + r, v, static_cast<std::size_t>(n) * 4);
         });
+    });
     team.barrier();
     const Span tokens = share(c.step.tokens, team);
     for (std::int64_t t = tokens.begin; t < tokens.end; t++) {
@@ -168,17 +169,18 @@ static void grouped_out(const void* arguments, const Team& team) {
     }
     team.barrier();
     const Rows z{at.between, c.wo_a.rows, c.short_between ? kBFloat16 : kFloat32, 0};
-    const Span mine = share(c.wo_a.rows, team);
-    for (std::int64_t g = 0; g < c.groups; g++) {
-        const std::int64_t begin = mine.begin > g * rank ? mine.begin : g * rank, end = mine.end < (g + 1) * rank ? mine.end : (g + 1) * rank;
-        if (begin >= end) continue;
-        multiply(c.wo_a, begin, end, at.packed_a + g * c.tokens * row_bytes, c.tokens, at.terms_a,
-                 [&](std::int64_t t, std::int64_t r, const float* v, int n) { write_row(z, t, r, n, v); });
-    }
+    deal_rows(team, 0, c.wo_a.rows, [&](std::int64_t first, std::int64_t last) {
+        for (std::int64_t g = first / rank; g * rank < last; g++) {
+            const std::int64_t begin = first > g * rank ? first : g * rank, end = last < (g + 1) * rank ? last : (g + 1) * rank;
+            multiply(c.wo_a, begin, end, at.packed_a + g * c.tokens * row_bytes, c.tokens, at.terms_a,
+                     [&](std::int64_t t, std::int64_t r, const float* v, int n) { write_row(z, t, r, n, v); });
+        }
+    });
     team.barrier();
     pack(z, c.tokens, c.wo_b, c.q8_b, at.terms_b, at.packed_b, team);
     team.barrier();
-    const Span out = share(c.wo_b.rows, team);
-    multiply(c.wo_b, out.begin, out.end, at.packed_b, c.tokens, at.terms_b,
-             [&](std::int64_t t, std::int64_t r, const float* v, int n) { write_row(c.y, t, r, n, v); });
+    deal_rows(team, 1, c.wo_b.rows, [&](std::int64_t begin, std::int64_t end) {
+        multiply(c.wo_b, begin, end, at.packed_b, c.tokens, at.terms_b,
+                 [&](std::int64_t t, std::int64_t r, const float* v, int n) { write_row(c.y, t, r, n, v); });
+    });
 }
