@@ -97,6 +97,7 @@ def test_a_level_that_is_not_there_is_refused(library: Any) -> None:
         ("V4SDK_CPU_LEVEL", "sse9", "instruction level `sse9` is not available"),
         ("V4SDK_CPU_THREADS", "0", "expected a number of threads from 1 to 1024"),
         ("V4SDK_CPU_THREADS", "many", "V4SDK_CPU_THREADS is `many`"),
+        ("V4SDK_CPU_WEIGHTS", "sometimes", "expected auto, mapped or resident"),
         ("V4SDK_CPU_AFFINITY", "0-", "expected processors such as"),
         ("V4SDK_CPU_AFFINITY", "4000", "names processor 4000"),
     ],

@@ -56,6 +56,18 @@ def test_cache_beyond_free_memory_is_refused_with_numbers() -> None:
         replace(FLASH, free=FreeMemory(4 * 10**9, "of this machine")).check()
 
 
+def test_settled_weights_are_resident_and_only_small_models_are_settled() -> None:
+    settled = FLASH.settled(159_000_000_000)
+    assert settled.render().startswith("609.5 MB mapped, 159.50 GB resident, 3.70 GB of KV")
+    assert FLASH.is_small(10**9) == settled.is_small(10**9) is True
+    # 163.8 GB, 1 GB to compute with and a twentieth of 350 GB are more than half of that
+    assert not replace(FLASH, free=FreeMemory(350 * 10**9, "of this machine")).is_small(10**9)
+    assert not replace(FLASH, free=None).is_small(0)
+    with pytest.raises(MemoryRefused, match=r"needs 163\.20 GB in memory") as refused:
+        replace(settled, free=FreeMemory(100 * 10**9, "of this machine")).check("WEIGHTS=resident")
+    assert refused.value.hint == "leave out WEIGHTS=resident: weights are then read from their files"
+
+
 def test_sequences_multiply_and_unknown_memory_refuses_nothing() -> None:
     plan = plan_memory(
         V4_FLASH, mapped_bytes=0, resident_bytes=0, context_tokens=8192, kv_format="native", sequences=3

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
 import torch
@@ -130,6 +131,29 @@ class ExpertPaging(ABC):
         """What has happened so far."""
 
 
+class Settling(ABC):
+    """Copies mapped weights, once at load, into memory that kernels read faster. Tensors keep their addresses and values.
+
+    Attributes:
+        least_bytes: smaller files stay mapped.
+        demanded_by: the setting that asks for it wherever it fits at all; None: where memory is plentiful.
+    """
+
+    least_bytes: int = 0
+    demanded_by: str | None = None
+
+    @abstractmethod
+    def settle(self, files: Mapping[Path, Tensor], report: Callable[[int], None]) -> int:
+        """Copy whole files, each given as its mapped bytes, to which nothing was written yet.
+
+        Args:
+            report: told how many bytes are done. What it raises, like Ctrl-C, leaves every file as it was or copied.
+
+        Returns:
+            Bytes copied. A file that cannot be copied stays mapped and is logged.
+        """
+
+
 class Backend(ABC):
     """A device's functions, memory and name. Three members are required, the others have defaults.
 
@@ -184,6 +208,10 @@ class Backend(ABC):
     def page_experts(self, budget_bytes: int) -> ExpertPaging:
         """Page the routed experts of one model, at most `budget_bytes` of them in memory (optional, see `pages_experts`)."""
         raise NotImplementedError(f"backend `{self.name}` cannot page experts")
+
+    def settling(self) -> Settling | None:
+        """Copy mapped weights into faster memory at load (optional; None: they stay mapped)."""
+        return None
 
     def place(self, tensor: Tensor) -> Tensor:
         """Bring a plain tensor to the device (optional)."""

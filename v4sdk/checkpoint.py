@@ -117,6 +117,10 @@ class Checkpoint(Mapping[str, "Tensor"]):
             data = data.clone()
         return data.view(dtype).view(entry.shape)
 
+    def mapped_files(self) -> Mapping[Path, Tensor]:
+        """Give the shards that tensors have been taken from so far, each as all of its bytes."""
+        return {self.folder / shard: data for shard, data in (self._shards or {}).items()}
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.headers.tensors)
 

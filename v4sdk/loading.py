@@ -1,4 +1,5 @@
-"""Opens a model: from a folder, a hub id or the bundled one to everything a session holds. Reads no weight it need not."""
+"""Opens a model: from a folder, a hub id or the bundled one to everything a session holds. Reads no weight it need not,
+unless the backend copies those of small models into memory."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from v4sdk import __version__, hub, plugins
-from v4sdk.backend import Backend, Binding, EngineConfig, ExpertPaging, bind
+from v4sdk.backend import Backend, Binding, EngineConfig, ExpertPaging, Settling, bind
 from v4sdk.checkpoint import Checkpoint
 from v4sdk.config import ModelConfig
 from v4sdk.errors import CheckpointError, ConfigError, SamplingError
@@ -32,6 +33,7 @@ from v4sdk.memory import (
     check_growth,
     expert_budget,
     free_memory,
+    gigabytes,
     plan_memory,
     step_bytes,
 )
@@ -179,13 +181,15 @@ def open_model(model: str | Path | None, options: LoadOptions, on_progress: OnPr
                 backend.name,
                 names,
             )
-        paging = _plan(checkpoint, backend, fmt, options, on_progress)
+        paging, settling = _plan(checkpoint, backend, fmt, options, on_progress)
         if team:
             # what every rank would refuse alike has been refused here, once
             team.tell({"do": "load"})
         network = _bind_weights(
             checkpoint, paging or backend, backend.place, chosen, binding, on_progress, team
         )
+        if settling:
+            _settle(checkpoint, settling, on_progress)
         if paging:
             binding.table.set(routed_experts.name, paging.around(binding.table[routed_experts]))
         if team:
@@ -309,10 +313,10 @@ def _free(backend: Backend) -> FreeMemory | None:
 
 def _plan(
     checkpoint: Checkpoint, backend: Backend, fmt: KVFormat, options: LoadOptions, on_progress: OnProgress
-) -> ExpertPaging | None:
+) -> tuple[ExpertPaging | None, Settling | None]:
     """Say what will be used, refuse what cannot fit, and page experts where that lets it fit.
 
-    Main memory maps the weights, a device holds them.
+    Main memory maps the weights, or copies them where the backend likes that better and there is room; a device holds them.
     """
     config, maps = checkpoint.config, backend.device.type == "cpu"
     held_bytes = _held_bytes(checkpoint, options.team, backend)
@@ -325,20 +329,49 @@ def _plan(
         kv_format=fmt,
         free=_free(backend) or free_memory(limit=options.memory_limit),
     )
+    step = step_bytes(config, min(options.prefill_chunk, plan.context_tokens))
+    # ranks of a team map their experts and nothing else
+    settling = backend.settling() if maps and options.team is None else None
+    if settling:
+        num_bytes = _settled_bytes(checkpoint, settling.least_bytes)
+        if num_bytes and (settling.demanded_by or plan.is_small(step)):
+            plan = plan.settled(num_bytes)
+        else:
+            settling = None
     log.info("memory: %s", plan.render())
     on_progress(Progress("memory", text=plan.render()))
-    plan.check()
+    plan.check(settling.demanded_by if settling else None)
     warning, paging = plan.warning(), None
     # ranks of a team share the experts out instead
-    if warning and backend.pages_experts and options.team is None:
-        tokens = min(options.prefill_chunk, plan.context_tokens)
-        budget = expert_budget(plan, _expert_sizes(checkpoint), step_bytes(config, tokens))
+    if warning and backend.pages_experts and options.team is None and settling is None:
+        budget = expert_budget(plan, _expert_sizes(checkpoint), step)
         if budget is not None:
             warning, paging = budget.render(), backend.page_experts(budget.nbytes)
     if warning:
         log.warning(warning)
         on_progress(Progress("notice", text=warning))
-    return paging
+    return paging, settling
+
+
+def _settled_bytes(checkpoint: Checkpoint, least_bytes: int) -> int:
+    """Bytes of tensors in the files that will be copied: large enough, and with a tensor that is used."""
+    headers, specs = checkpoint.headers, checkpoint.binding.specs
+    used = {tensor.shard for name, tensor in headers.tensors.items() if specs[name].block == "backbone"}
+    large = {shard for shard in used if headers.shard_bytes[shard] >= least_bytes}
+    return sum(tensor.end - tensor.begin for tensor in headers.tensors.values() if tensor.shard in large)
+
+
+def _settle(checkpoint: Checkpoint, settling: Settling, on_progress: OnProgress) -> None:
+    files = {
+        path: data for path, data in checkpoint.mapped_files().items() if data.nbytes >= settling.least_bytes
+    }
+    total = sum(data.nbytes for data in files.values())
+
+    def report(done: int) -> None:
+        on_progress(Progress("load", done // 10**6, total // 10**6, "MB"))
+
+    moved = settling.settle(files, report)
+    log.info("weights: %s of %s copied into memory", gigabytes(moved), gigabytes(total))
 
 
 def _expert_sizes(checkpoint: Checkpoint) -> ExpertSizes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from v4sdk.config import ModelConfig
@@ -28,6 +28,9 @@ _UNITS = {
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
 # what allocators and the interpreter take on the way
 _RESERVE_SHARE, _RESERVE_LEAST_BYTES = 0.05, 8_000_000
+# what takes less than this share of free memory is plainly small: copying it at load delays nobody for long and crowds nobody
+# out. A larger model starts from its files at once, and only the pages it needs are read
+_SMALL_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,24 @@ class MemoryPlan:
             f"again: {self.render()}"
         )
 
-    def check(self) -> None:
+    def settled(self, nbytes: int) -> MemoryPlan:
+        """Give the plan in which so many of the mapped bytes are copied into memory."""
+        return replace(
+            self, mapped_bytes=self.mapped_bytes - nbytes, resident_bytes=self.resident_bytes + nbytes
+        )
+
+    def is_small(self, step_bytes: int) -> bool:
+        """Tell whether all of it, with what a step computes with, takes at most half of what is free."""
+        if self.free is None:
+            return False
+        whole = self.needed_bytes + self.mapped_bytes + _reserve(self.free, step_bytes)
+        return whole <= self.free.nbytes * _SMALL_SHARE
+
+    def check(self, demanded_by: str | None = None) -> None:
         """Refuse what cannot fit.
+
+        Args:
+            demanded_by: the setting that wants weights resident, if one does.
 
         Raises:
             MemoryRefused: with all numbers, if resident and KV bytes exceed what is free.
@@ -92,7 +111,9 @@ class MemoryPlan:
         raise MemoryRefused(
             f"the model needs {gigabytes(self.needed_bytes)} in memory, expected at most "
             f"{gigabytes(self.free.nbytes)}: {self.render()}",
-            hint="use a shorter context, KV format `native`, fewer sequences, or a machine with more memory",
+            hint=f"leave out {demanded_by}: weights are then read from their files"
+            if demanded_by
+            else "use a shorter context, KV format `native`, fewer sequences, or a machine with more memory",
         )
 
 
@@ -152,7 +173,7 @@ def expert_budget(plan: MemoryPlan, sizes: ExpertSizes, step_bytes: int) -> Expe
     if plan.free is None or plan.needed_bytes + plan.mapped_bytes <= plan.free.nbytes:
         return None
     dense = plan.mapped_bytes - sizes.total_bytes
-    reserve = step_bytes + max(_RESERVE_LEAST_BYTES, int(plan.free.nbytes * _RESERVE_SHARE))
+    reserve = _reserve(plan.free, step_bytes)
     left = plan.free.nbytes - plan.needed_bytes - dense - reserve
     # two layers: what one has read is not thrown out while the next is being read
     least = min(sizes.total_bytes, 2 * sizes.per_token * sizes.one_bytes)
@@ -235,6 +256,10 @@ def used_memory(root: str | Path = "/") -> int:
 def gigabytes(n: int) -> str:
     """Write bytes in decimal units."""
     return f"{n / 1e9:,.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
+
+
+def _reserve(free: FreeMemory, step_bytes: int) -> int:
+    return step_bytes + max(_RESERVE_LEAST_BYTES, int(free.nbytes * _RESERVE_SHARE))
 
 
 def _system(root: Path) -> FreeMemory | None:

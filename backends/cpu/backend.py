@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from v4sdk import ops
-from v4sdk.backend import Backend, DoctorRow, EngineConfig, Evidence, ExpertPaging, Kernel, kernel
+from v4sdk.backend import Backend, DoctorRow, EngineConfig, Evidence, ExpertPaging, Kernel, Settling, kernel
 from v4sdk.config import ModelConfig
 from v4sdk.weights import ExpertWeights, Weight
 
@@ -18,6 +18,7 @@ from .identity import identity
 from .library import EMPTY_LEVEL, THREADS_VARIABLE, Library, library
 from .record import RecordedStep
 from .residency import CAN_PAGE, Residency, doctor_row
+from .settling import settling, weights_row
 
 # below this a matrix is cheaper for torch to read wide than to unpack on every call; every matrix of a released model is above
 _WIDEN_BELOW_BYTES = 4 << 20
@@ -89,6 +90,10 @@ class CpuBackend(Backend):
         """Map the routed experts and keep `budget_bytes` of them in memory."""
         return Residency(budget_bytes, library())
 
+    def settling(self) -> Settling | None:
+        """Copy weights into large pages, where kernels were built to read them."""
+        return settling(library())
+
     def doctor(self) -> Sequence[DoctorRow]:
         """Threads, instruction set, and the kernels at hand."""
         native = library()
@@ -104,6 +109,7 @@ class CpuBackend(Backend):
             ),
             DoctorRow("instructions", torch.backends.cpu.get_cpu_capability(), ok=True),
             _kernels_row(native),
+            weights_row(native),
             doctor_row(native),
         )
 
