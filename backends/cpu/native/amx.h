@@ -1,6 +1,7 @@
-// Tokens in sixteens against a panel by tiles of the matrix unit. Included inside the level's namespace.
+// Products by tiles of the matrix unit: rows of a stored matrix, decoded with their scales into tiles, meet packed tokens, which stand side by
+// side as the unit wants its second operand. Included inside the level's namespace.
 //
-// A panel's pairs are laid out as the unit wants its second operand, and packed tokens as its first, so tiles are loaded where they lie.
+// Tiles 0-3 hold sums (16 rows by 16 tokens, float32), 4-5 rows (16 by 32 columns, BF16), 6-7 tokens (16 pairs of columns by 16).
 // With V4_AMX_EMULATED the same text runs on any processor of the level below, tile operations being plain loops: a test's stand-in.
 
 #if defined(V4_AMX_EMULATED)
@@ -15,11 +16,11 @@ V4_INLINE void tile_end() {}
 template <int C>
 V4_INLINE void tile_zero() { __builtin_memset(tile_unit.sum[C], 0, sizeof tile_unit.sum[C]); }
 template <int A>
-V4_INLINE void tile_load_tokens(const void* p, std::int64_t stride) {
+V4_INLINE void tile_load_rows(const void* p, std::int64_t stride) {
     for (int r = 0; r < 16; r++) __builtin_memcpy(tile_unit.a[A][r], static_cast<const char*>(p) + r * stride, 64);
 }
 template <int B>
-V4_INLINE void tile_load_pairs(const void* p, std::int64_t stride) {
+V4_INLINE void tile_load_tokens(const void* p, std::int64_t stride) {
     for (int r = 0; r < 16; r++) __builtin_memcpy(tile_unit.b[B][r], static_cast<const char*>(p) + r * stride, 64);
 }
 template <int C, int A, int B>
@@ -57,15 +58,15 @@ V4_INLINE void tile_begin() {
     asm volatile("ldtilecfg %0" ::"m"(config));
 }
 V4_INLINE void tile_end() { asm volatile("tilerelease"); }
-// in assembly, since tile numbers come from templates, which the compiler's macros cannot take; sums are tiles 0-3, tokens 4-5, pairs 6-7
+// in assembly, since tile numbers come from templates, which the compiler's macros cannot take
 template <int C>
 V4_INLINE void tile_zero() { asm volatile("tilezero %%tmm%c0" ::"i"(C)); }
 template <int A>
-V4_INLINE void tile_load_tokens(const void* p, std::int64_t stride) {
+V4_INLINE void tile_load_rows(const void* p, std::int64_t stride) {
     asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(4 + A) : "memory");
 }
 template <int B>
-V4_INLINE void tile_load_pairs(const void* p, std::int64_t stride) {
+V4_INLINE void tile_load_tokens(const void* p, std::int64_t stride) {
     asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(6 + B) : "memory");
 }
 template <int C, int A, int B>
@@ -76,50 +77,218 @@ V4_INLINE void tile_store(float* p, std::int64_t stride) {
 }
 #endif
 
-template <int Groups, class Emit>
-static void amx_tile(const std::uint32_t* panel, std::int64_t blocks, int terms, const Packed* x, std::int64_t stride, std::int64_t token,
-                     std::int64_t row, std::int64_t n, Emit emit) {
-    tile_zero<0>();
-    tile_zero<1>();
-    if constexpr (Groups == 2) {
-        tile_zero<2>();
-        tile_zero<3>();
-    }
-    for (std::int64_t b = 0; b < blocks; b++)
-        for (int term = 0; term < terms; term++)
-            for (int step = 0; step < kVectors; step++) {
-                const std::uint32_t* pairs = panel + (b * 64 + 16 * step) * kPairRows;
-                const Packed* tokens = x + (b * terms + term) * kBlock + 32 * step;
-                tile_load_pairs<0>(pairs, kPairRows * 4);
-                tile_load_pairs<1>(pairs + 16, kPairRows * 4);
-                tile_load_tokens<0>(tokens, stride * 2);
-                tile_dot<0, 0, 0>();
-                tile_dot<1, 0, 1>();
-                if constexpr (Groups == 2) {
-                    tile_load_tokens<1>(tokens + 16 * stride, stride * 2);
-                    tile_dot<2, 1, 0>();
-                    tile_dot<3, 1, 1>();
-                }
-            }
-    alignas(64) float out[16 * Groups][kPairRows];
-    tile_store<0>(out[0], kPairRows * 4);
-    tile_store<1>(out[0] + 16, kPairRows * 4);
-    if constexpr (Groups == 2) {
-        tile_store<2>(out[16], kPairRows * 4);
-        tile_store<3>(out[16] + 16, kPairRows * 4);
-    }
-    for (int t = 0; t < 16 * Groups; t++) emit(token + t, row, out[t], static_cast<int>(n));
+// the scales of sixteen groups of 32 columns
+V4_INLINE __m128i group_scales(const std::uint8_t* scale, std::int64_t groups) {
+    if (__builtin_expect(groups >= 16, 1)) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(scale));
+    return _mm_mask_loadu_epi8(_mm_set1_epi8(127), static_cast<__mmask16>((1u << groups) - 1), scale);
 }
 
-// as `pair_tiles`, which takes the tokens that do not fill a tile
+// their exponents as they are added to pairs of BF16
+V4_INLINE void group_exponents(__m128i scales, std::int32_t* out) {
+    // each byte as two words
+    const __m512i twice = _mm512_broadcast_i32x4(scales);
+    const __m512i at = _mm512_set_epi32(
+        static_cast<int>(0x800f800f), static_cast<int>(0x800e800e), static_cast<int>(0x800d800d), static_cast<int>(0x800c800c),
+        static_cast<int>(0x800b800b), static_cast<int>(0x800a800a), static_cast<int>(0x80098009), static_cast<int>(0x80088008),
+        static_cast<int>(0x80078007), static_cast<int>(0x80068006), static_cast<int>(0x80058005), static_cast<int>(0x80048004),
+        static_cast<int>(0x80038003), static_cast<int>(0x80028002), static_cast<int>(0x80018001), static_cast<int>(0x80008000));
+    const __m512i words = _mm512_shuffle_epi8(twice, at);
+    _mm512_store_si512(out, _mm512_sub_epi16(_mm512_slli_epi16(words, 7), _mm512_set1_epi16(127 << 7)));
+}
+
+constexpr std::int64_t kTileBytes = 1024;           // 16 rows of 32 BF16
+constexpr std::int64_t kRun = 4;                    // blocks of a row decoded at a time
+
+// 32 FP4 codes, one in the lowest bits of every word (a table repeats, so that what stands above them is nothing), in the order of tiles
+V4_INLINE __m512i fp4_shifts() { return _mm512_set_epi64(12, 12, 8, 8, 4, 4, 0, 0); }
+V4_INLINE __m512i fp4_codes(const std::uint8_t* p, __m512i shifts) {
+    return _mm512_srlv_epi64(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), shifts);
+}
+
+// 16 rows of a matrix, or fewer at its end, decoded in runs of kRun blocks, row by row: memory is read as a stream.
+template <Encoding E>
+struct TilePanel {
+    static constexpr bool Scaled = E == kFp8 || E == kFp4;
+    const Matrix& m;
+    const Tables tabs = tables();
+    std::int64_t first = 0, rows = 0, whole, groups;
+
+    explicit TilePanel(const Matrix& matrix) : m(matrix), whole(matrix.cols / kBlock), groups((matrix.cols + 31) / 32) {}
+
+    void start(std::int64_t row, std::int64_t n) {
+        first = row;
+        rows = n;
+    }
+
+    // blocks [begin, end) of row `r` into line `r` of their tiles, scales folded in; a row beyond the last is zero
+    inline __attribute__((always_inline)) void decode_row(std::int64_t r, std::int64_t begin, std::int64_t end, char* tiles) const {
+        constexpr std::int64_t per_block = block_bytes(E);
+        tiles += 64 * r;
+        if (__builtin_expect(r >= rows, 0)) {
+            for (std::int64_t v = 0; v < (end - begin) * kVectors; v++) _mm512_store_si512(tiles + v * kTileBytes, _mm512_setzero_si512());
+            return;
+        }
+        const std::uint8_t *p = m.data + (first + r) * m.row_bytes + begin * per_block, *scale = nullptr;
+        if constexpr (Scaled) scale = m.scale + (first + r) / m.tile_rows * m.scale_row_bytes;
+        alignas(64) std::uint8_t tail[256];
+        alignas(64) std::int32_t exponents[16];
+        bool simple = true;
+        if constexpr (E == kFp4) {
+            const __m128i scales = group_scales(scale + 4 * begin, groups - 4 * begin);
+            group_exponents(scales, exponents);
+            simple = _mm_cmpgt_epu8_mask(_mm_sub_epi8(scales, _mm_set1_epi8(16)), _mm_set1_epi8(static_cast<char>(232 - 16))) == 0;
+        }
+        const __m512i shifts = fp4_shifts(), four = tabs.fp4;
+        const __mmask32 nonzero = 0xfefefefeu;
+#pragma GCC unroll 1
+        for (std::int64_t b = begin; b < end; b++, p += per_block, tiles += kVectors * kTileBytes) {
+            for (std::int64_t line = 0; line < per_block; line += 64) __builtin_prefetch(p + kAhead + line, 0, 3);
+            const std::uint8_t* from = p;
+            if (__builtin_expect(b == whole, 0)) {  // never read past the end of a row: it may be the end of the mapped file
+                __builtin_memset(tail, 0, sizeof tail);
+                __builtin_memcpy(tail, p, static_cast<std::size_t>(m.row_bytes - whole * per_block));
+                from = tail;
+            }
+            if constexpr (E == kFp4) {
+                if (__builtin_expect(!simple, 0)) {
+                    decode_slowly(from, scale, b, tiles);
+                    continue;
+                }
+                const std::int32_t* e = exponents + 4 * (b - begin);
+#pragma GCC unroll 4
+                for (int v = 0; v < kVectors; v++) {
+                    // all codes but the zeros are scaled in the table
+                    const __m512i table = _mm512_mask_add_epi16(four, nonzero, four, _mm512_set1_epi32(e[v]));
+                    _mm512_store_si512(tiles + v * kTileBytes, _mm512_permutexvar_epi16(fp4_codes(from + 16 * v, shifts), table));
+                }
+            } else if constexpr (E == kFp8) {
+                const int byte = scale[b];
+                if (__builtin_expect(byte < 16 || byte > 232, 0)) {
+                    decode_slowly(from, scale, b, tiles);
+                    continue;
+                }
+                const __m512i e = _mm512_set1_epi16(static_cast<short>((byte - 127) * 128));
+                __m512i w[kVectors];
+                decode<E>(from, tabs, w);
+#pragma GCC unroll 4
+                for (int v = 0; v < kVectors; v++) _mm512_store_si512(tiles + v * kTileBytes, scaled(w[v], e, true, nullptr));
+            } else {
+#pragma GCC unroll 4
+                for (int v = 0; v < kVectors; v++) _mm512_store_si512(tiles + v * kTileBytes, _mm512_loadu_si512(from + 64 * v));
+            }
+        }
+    }
+
+private:
+    // with scales whose exponents cannot simply be added
+    __attribute__((noinline)) void decode_slowly(const std::uint8_t* from, const std::uint8_t* scale, std::int64_t b, char* tiles) const {
+        __m512i w[kVectors];
+        if constexpr (E == kFp4)
+            for (int v = 0; v < kVectors; v++) w[v] = _mm512_permutexvar_epi16(fp4_codes(from + 16 * v, fp4_shifts()), tabs.fp4);
+        else decode<E>(from, tabs, w);
+        for (int v = 0; v < kVectors; v++) {
+            const std::int64_t at = E == kFp4 ? 4 * b + v : b;
+            const int byte = E == kFp8 || at < groups ? scale[at] : 127;
+            float factors[16];
+            for (float& f : factors) f = ue8m0(static_cast<std::uint8_t>(byte));
+            w[v] = scaled(w[v], _mm512_set1_epi16(static_cast<short>((byte - 127) * 128)), byte >= 16 && byte <= 232, factors);
+            _mm512_store_si512(tiles + v * kTileBytes, w[v]);
+        }
+    }
+};
+
+// sums of 16 rows (a tile as stored) given out token by token
 template <class Emit>
-static void amx_tiles(const std::uint32_t* panel, std::int64_t blocks, int terms, const Packed* x, std::int64_t stride,
-                      std::int64_t tokens, std::int64_t row, std::int64_t n, Emit emit) {
-    std::int64_t t = 0;
+V4_INLINE void emit_tile(const float* sums, std::int64_t token, std::int64_t tokens, std::int64_t row, std::int64_t n, Emit emit) {
+    __m512i r[16];
+    for (int i = 0; i < 16; i++) r[i] = _mm512_load_si512(sums + 16 * i);
+    transpose_16x16(r);
+    alignas(64) float out[16];
+    for (std::int64_t t = 0; t < tokens && t < 16; t++) {
+        _mm512_store_si512(out, r[t]);
+        emit(token + t, row, out, static_cast<int>(n));
+    }
+}
+
+V4_INLINE void tiles_zero() {
+    tile_zero<0>();
+    tile_zero<1>();
+    tile_zero<2>();
+    tile_zero<3>();
+}
+
+// emit(token, row, values, count) as `multiply`: 32 rows meet 32 tokens at a time
+template <Encoding E, class Emit>
+static void tile_rows(const Matrix& m, std::int64_t begin, std::int64_t end, const Packed* x, std::int64_t tokens, int terms, Emit emit) {
+    const std::int64_t blocks = blocks_of(m.cols), half = blocks * kVectors * kTileBytes, group = half * terms;
+    char* tiles = static_cast<char*>(thread_buffer(static_cast<std::size_t>(2 * half)));
+    alignas(64) float sums[4][256];
+    TilePanel<E> panel(m);
     tile_begin();
-    for (; t + 32 <= tokens; t += 32) amx_tile<2>(panel, blocks, terms, x + t * stride, stride, t, row, n, emit);
-    for (; t + 16 <= tokens; t += 16) amx_tile<1>(panel, blocks, terms, x + t * stride, stride, t, row, n, emit);
+    for (std::int64_t row = begin; row < end; row += 32) {
+        const std::int64_t n = end - row < 16 ? end - row : 16, left = end - row - 16, more = left < 0 ? 0 : left < 16 ? left : 16;
+        for (int part = 0; part < 2; part++) {
+            panel.start(row + 16 * part, part ? more : n);
+            for (std::int64_t b = 0; b < blocks; b += kRun)
+                for (std::int64_t r = 0; r < 16; r++)
+                    panel.decode_row(r, b, b + kRun < blocks ? b + kRun : blocks, tiles + part * half + b * kVectors * kTileBytes);
+        }
+        const char* a = reinterpret_cast<const char*>(x);
+        for (std::int64_t t = 0; t < tokens; t += 32, a += 2 * group) {
+            const bool both = tokens - t > 16;
+            tiles_zero();
+            const char *w = tiles, *one = a;
+            for (std::int64_t b = 0; b < blocks; b++, w += kVectors * kTileBytes)
+                for (int step = 0; step < kVectors * terms; step++, one += kTileBytes) {
+                    const char* at = w + step % kVectors * kTileBytes;
+                    tile_load_rows<0>(at, 64);
+                    tile_load_tokens<0>(one, 64);
+                    tile_dot<0, 0, 0>();
+                    tile_load_rows<1>(at + half, 64);
+                    tile_dot<1, 1, 0>();
+                    if (!both) continue;
+                    tile_load_tokens<1>(one + group, 64);
+                    tile_dot<2, 0, 1>();
+                    tile_dot<3, 1, 1>();
+                }
+            tile_store<0>(sums[0], 64);
+            tile_store<1>(sums[1], 64);
+            emit_tile(sums[0], t, tokens - t, row, n, emit);
+            if (more > 0) emit_tile(sums[1], t, tokens - t, row + 16, more, emit);
+            if (!both) continue;
+            tile_store<2>(sums[2], 64);
+            tile_store<3>(sums[3], 64);
+            emit_tile(sums[2], t + 16, tokens - t - 16, row, n, emit);
+            if (more > 0) emit_tile(sums[3], t + 16, tokens - t - 16, row + 16, more, emit);
+        }
+    }
     tile_end();
-    pair_tiles(panel, blocks, terms, x + t * stride, stride, tokens - t, row, n,
-               [&](std::int64_t token, std::int64_t r, const float* v, int count) { emit(t + token, r, v, count); });
+}
+
+// Rows of BF16 in sixteens against a panel of pairs, the other way round than above: as `pair_tiles`, which takes the rows that do not fill
+// a tile.
+template <class Emit>
+static void amx_tiles(const std::uint32_t* panel, std::int64_t blocks, const Packed* x, std::int64_t stride, std::int64_t rows, std::int64_t n,
+                      Emit emit) {
+    std::int64_t t = 0;
+    alignas(64) float out[16][kPairRows];
+    tile_begin();
+    for (; t + 16 <= rows; t += 16) {
+        tile_zero<0>();
+        tile_zero<1>();
+        for (std::int64_t step = 0; step < blocks * kVectors; step++) {
+            const std::uint32_t* pairs = panel + 16 * step * kPairRows;
+            tile_load_tokens<0>(pairs, kPairRows * 4);
+            tile_load_tokens<1>(pairs + 16, kPairRows * 4);
+            tile_load_rows<0>(x + t * stride + 32 * step, stride * 2);
+            tile_dot<0, 0, 0>();
+            tile_dot<1, 0, 1>();
+        }
+        tile_store<0>(out[0], kPairRows * 4);
+        tile_store<1>(out[0] + 16, kPairRows * 4);
+        for (int i = 0; i < 16; i++) emit(t + i, 0, out[i], static_cast<int>(n));
+    }
+    tile_end();
+    pair_tiles(panel, blocks, 1, x + t * stride, stride, rows - t, 0, n,
+               [&](std::int64_t row, std::int64_t r, const float* v, int count) { emit(t + row, r, v, count); });
 }

@@ -5,6 +5,12 @@
 // alone.
 
 constexpr std::int64_t kChunkKeys = 64;
+#if defined(V4_AMX)
+constexpr std::int64_t kPromptKeys = 256;  // of a chunk of a prompt: tiles keep the sums of a chunk to themselves
+#else
+constexpr std::int64_t kPromptKeys = kChunkKeys;
+#endif
+constexpr std::int64_t kMostExpanded = 64 << 20;  // bytes
 constexpr std::int64_t kSpans = 8;        // at most, per token of a decode step
 constexpr std::int64_t kMostDim = 4096, kMostHeads = 1024;
 constexpr std::int64_t kHeadGroup = 16;   // heads of one unit of a decode step
@@ -13,12 +19,15 @@ struct AttentionLayout {
     Arena arena;
     bool decode, paired;          // one token per sequence; products of BF16 pairs
     std::int64_t padded;          // D rounded up to whole vectors
+    std::int64_t chunk;           // keys
+    std::int64_t expanded;        // entries that are decoded once for all tokens of a prompt, from the first on
+    std::uint16_t* entries;       // [expanded, padded]
     std::int64_t spans;
     // per span: sums [units, D] in the order they were computed in, largest logit and total [units]
     float *sums, *largest, *total;
     // per member
     float *keys, *logits, *own_sums, *own_state;
-    std::uint16_t *pair_keys, *pair_values, *numerators;
+    std::uint16_t *pair_keys, *pair_values, *numerators, *turned;
     const std::uint16_t** pointers;
     std::int32_t* picked;
     std::int64_t heads_at_once;
@@ -29,42 +38,54 @@ struct AttentionLayout {
         paired = c.q.dtype == kBFloat16 && c.dim % 32 == 0;
 #endif
         padded = (c.dim + 31) / 32 * 32;
+        chunk = decode ? kChunkKeys : kPromptKeys;
+        expanded = paired && !decode ? worth_expanding(c) : 0;
+        entries = arena.take<std::uint16_t>(expanded * padded);
         spans = decode ? kSpans : 1;
         heads_at_once = decode && c.heads > kHeadGroup ? kHeadGroup : c.heads;
-        const std::int64_t units = decode ? c.step.tokens * spans * c.heads : 0, heads = (heads_at_once + 3) / 4 * 4;
+        const std::int64_t units = decode ? c.step.tokens * spans * c.heads : 0, heads = (heads_at_once + 15) / 16 * 16;
         sums = arena.take<float>(units * padded);
         largest = arena.take<float>(units);
         total = arena.take<float>(units);
-        keys = arena.take<float>(paired ? 0 : threads * kChunkKeys * padded);
-        pair_keys = arena.take<std::uint16_t>(paired ? threads * kChunkKeys * padded : 0);
-        pair_values = arena.take<std::uint16_t>(paired ? threads * kChunkKeys * padded : 0);
-        numerators = arena.take<std::uint16_t>(paired ? threads * heads * kChunkKeys : 0);
-        pointers = arena.take<const std::uint16_t*>(threads * kChunkKeys);
-        logits = arena.take<float>(threads * heads * kChunkKeys);
+        keys = arena.take<float>(paired ? 0 : threads * chunk * padded);
+        pair_keys = arena.take<std::uint16_t>(paired ? threads * chunk * padded : 0);
+        pair_values = arena.take<std::uint16_t>(paired ? threads * chunk * padded : 0);
+        numerators = arena.take<std::uint16_t>(paired ? threads * heads * chunk : 0);
+        turned = arena.take<std::uint16_t>(paired ? threads * heads * padded : 0);
+        pointers = arena.take<const std::uint16_t*>(threads * chunk);
+        logits = arena.take<float>(threads * heads * chunk);
         own_sums = arena.take<float>(threads * heads * padded);
         own_state = arena.take<float>(threads * heads * 2);
         picked = arena.take<std::int32_t>(threads * (c.most_picks + 1));
+    }
+    // of one sequence, all entries its last token may see, if tokens would decode more of them one by one
+    std::int64_t worth_expanding(const AttentionCall& c) const {
+        if (!c.entries.data || !c.ratio || c.step.sequences != 1 || !c.step.tokens) return 0;
+        const std::int64_t visible = (c.step.positions[c.step.tokens - 1] + 1) / c.ratio;
+        const std::int64_t each = c.picks && c.most_picks < visible ? c.most_picks : visible;
+        return visible <= c.step.tokens * each && visible * padded * 2 <= kMostExpanded ? visible : 0;
     }
 };
 
 // what a member works with
 struct Desk {
     float *keys, *logits, *sums, *state;
-    std::uint16_t *pair_keys, *pair_values, *numerators;
+    std::uint16_t *pair_keys, *pair_values, *numerators, *turned;
     const std::uint16_t** pointers;
     std::int32_t* picked;
 };
 
 static Desk desk_of(const AttentionCall& c, const AttentionLayout& at, int rank) {
-    const std::int64_t heads = (at.heads_at_once + 3) / 4 * 4;
-    return Desk{at.keys + (at.paired ? 0 : rank * kChunkKeys * at.padded),
-                 at.logits + rank * heads * kChunkKeys,
+    const std::int64_t heads = (at.heads_at_once + 15) / 16 * 16;
+    return Desk{at.keys + (at.paired ? 0 : rank * at.chunk * at.padded),
+                 at.logits + rank * heads * at.chunk,
                  at.own_sums + rank * heads * at.padded,
                  at.own_state + rank * heads * 2,
-                 at.pair_keys + (at.paired ? rank * kChunkKeys * at.padded : 0),
-                 at.pair_values + (at.paired ? rank * kChunkKeys * at.padded : 0),
-                 at.numerators + (at.paired ? rank * heads * kChunkKeys : 0),
-                 at.pointers + rank * kChunkKeys,
+                 at.pair_keys + (at.paired ? rank * at.chunk * at.padded : 0),
+                 at.pair_values + (at.paired ? rank * at.chunk * at.padded : 0),
+                 at.numerators + (at.paired ? rank * heads * at.chunk : 0),
+                 at.turned + (at.paired ? rank * heads * at.padded : 0),
+                 at.pointers + rank * at.chunk,
                  at.picked + rank * (c.most_picks + 1)};
 }
 
@@ -115,13 +136,15 @@ static void load_key(const AttentionCall& c, const KeyList& k, std::int64_t i, b
 
 // a chunk of float32 keys for heads [h0, h1): logits, running maximum and total, weighted sums
 static void attend_floats(const AttentionCall& c, const KeyList& k, std::int64_t first, std::int64_t n, std::int64_t h0, std::int64_t h1,
-                          bool decode, const Desk& b, std::int64_t padded) {
+                          const AttentionLayout& at, const Desk& b) {
+    const std::int64_t padded = at.padded;
+    const bool decode = at.decode;
     for (std::int64_t i = 0; i < n; i++) load_key(c, k, first + i, decode, b.keys + i * padded);
     const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(c.dim));
     for (std::int64_t h = h0; h < h1; h++) {
         alignas(64) float q[kMostDim];
         read_row(columns(c.q, h * c.dim), k.token, c.dim, q);
-        float *s = b.logits + (h - h0) * kChunkKeys, *sums = b.sums + (h - h0) * padded;
+        float *s = b.logits + (h - h0) * at.chunk, *sums = b.sums + (h - h0) * padded;
         float &top = b.state[2 * (h - h0)], &total = b.state[2 * (h - h0) + 1];
         float most = top;
         for (std::int64_t i = 0; i < n; i++) {
@@ -182,8 +205,8 @@ static void load_pairs(const Cache& cache, std::int64_t row, std::uint16_t* out,
 }
 
 template <int H>
-V4_INLINE void weigh(const std::uint16_t* numerators, const std::uint16_t* values, std::int64_t pairs, std::int64_t padded,
-                     const float* factors, float* sums) {
+V4_INLINE void weigh(const std::uint16_t* numerators, std::int64_t chunk, const std::uint16_t* values, std::int64_t pairs,
+                     std::int64_t padded, const float* factors, float* sums) {
     // heads side by side, four vectors of columns at a time
     for (std::int64_t d = 0; d < padded; d += 64) {
         const int vectors = padded - d >= 64 ? 4 : 2;
@@ -198,7 +221,7 @@ V4_INLINE void weigh(const std::uint16_t* numerators, const std::uint16_t* value
 #pragma GCC unroll 4
                 for (int h = 0; h < H; h++) {
                     int pair;
-                    __builtin_memcpy(&pair, numerators + h * kChunkKeys + 2 * i, 4);
+                    __builtin_memcpy(&pair, numerators + h * chunk + 2 * i, 4);
                     const __m512bh p = (__m512bh)_mm512_set1_epi32(pair);
                     for (int v = 0; v < 4; v++) a[h][v] = _mm512_dpbf16_ps(a[h][v], w[v], p);
                 }
@@ -208,7 +231,7 @@ V4_INLINE void weigh(const std::uint16_t* numerators, const std::uint16_t* value
                 const std::uint16_t* at = values + i * 2 * padded + 2 * d;
                 for (int h = 0; h < H; h++) {
                     int pair;
-                    __builtin_memcpy(&pair, numerators + h * kChunkKeys + 2 * i, 4);
+                    __builtin_memcpy(&pair, numerators + h * chunk + 2 * i, 4);
                     const __m512bh p = (__m512bh)_mm512_set1_epi32(pair);
                     for (int v = 0; v < 2; v++) a[h][v] = _mm512_dpbf16_ps(a[h][v], (__m512bh)_mm512_loadu_si512(at + 32 * v), p);
                 }
@@ -219,28 +242,10 @@ V4_INLINE void weigh(const std::uint16_t* numerators, const std::uint16_t* value
     }
 }
 
-// the same of BF16 keys; sums stand in the order that interleaving two rows gives
-static void attend_pairs(const AttentionCall& c, const KeyList& k, std::int64_t first, std::int64_t n, std::int64_t h0, std::int64_t h1,
-                         bool decode, const Desk& b, std::int64_t padded) {
-    const std::int64_t even = (n + 3) / 4 * 4;
-    for (std::int64_t i = 0; i < n; i++) {
-        const std::int64_t at = first + i;
-        if (at < k.window && !decode) {
-            b.pointers[i] = static_cast<const std::uint16_t*>(c.kv.data) + window_row(c, k, at, false) * c.kv.stride;
-            continue;
-        }
-        std::uint16_t* out = b.pair_keys + i * padded;
-        if (at < k.window) {
-            load_pairs(c.window, window_row(c, k, at, true), out, c.dim, c.rope);
-        } else {
-            const std::int64_t entry = k.picked ? k.picked[at - k.window] : at - k.window;
-            load_pairs(c.entries, entry_row(c.step, c.entries, k.sequence, entry), out, c.dim, c.rope);
-        }
-        b.pointers[i] = out;
-    }
-    for (std::int64_t i = n; i < even; i++) b.pointers[i] = b.pointers[n - 1];
-    const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(c.dim));
-    const std::uint16_t* q = static_cast<const std::uint16_t*>(c.q.data) + k.token * c.q.stride;
+// logits of heads side by side with keys [0, even), a multiple of four
+static void score_pairs(const AttentionCall& c, std::int64_t token, std::int64_t even, std::int64_t h0, std::int64_t h1, std::int64_t chunk,
+                        const Desk& b, float scale) {
+    const std::uint16_t* q = static_cast<const std::uint16_t*>(c.q.data) + token * c.q.stride;
     for (std::int64_t h = h0; h < h1; h += 4) {
         const std::uint16_t* heads[4];
         for (int j = 0; j < 4; j++) heads[j] = q + (h + j < h1 ? h + j : h1 - 1) * c.dim;
@@ -258,30 +263,177 @@ static void attend_pairs(const AttentionCall& c, const KeyList& k, std::int64_t 
             }
             alignas(64) float found[16];
             _mm512_store_ps(found, _mm512_mul_ps(sums_of(s), _mm512_set1_ps(scale)));
-            for (int j = 0; j < 4; j++) __builtin_memcpy(b.logits + (h - h0 + j) * kChunkKeys + i, found + 4 * j, 16);
+            for (int j = 0; j < 4; j++) __builtin_memcpy(b.logits + (h - h0 + j) * chunk + i, found + 4 * j, 16);
         }
     }
-    for (std::int64_t i = 0; i < n; i += 2) {
-        const std::uint16_t *one = b.pointers[i], *two = i + 1 < n ? b.pointers[i + 1] : one;
+}
+
+#if defined(V4_AMX)
+// queries of sixteen heads at a time as tiles of pairs: the second operand
+static void turn_queries(const AttentionCall& c, std::int64_t token, std::int64_t h0, std::int64_t h1, const Desk& b) {
+    const std::uint16_t* q = static_cast<const std::uint16_t*>(c.q.data) + token * c.q.stride;
+    std::uint16_t* out = b.turned;
+    for (std::int64_t h = h0; h < h1; h += 16)
+        for (std::int64_t d = 0; d < c.dim; d += 32, out += kTileBytes / 2) {
+            __m512i r[16];
+            for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(q + (h + i) * c.dim + d);
+            transpose_16x16(r);
+            for (int i = 0; i < 16; i++) _mm512_store_si512(out + 32 * i, r[i]);
+        }
+}
+
+// as `score_pairs` by tiles, heads in sixteens: sixteen keys meet sixteen heads; `even` is a multiple of sixteen
+static void score_tiles(const AttentionCall& c, std::int64_t even, std::int64_t h0, std::int64_t h1, std::int64_t chunk, std::int64_t padded,
+                        const Desk& b, float scale) {
+    alignas(64) float sums[2][256];
+    tile_begin();
+    for (std::int64_t i = 0; i < even; i += 16) {
+        // where rows do not lie at one distance from each other they are brought together
+        const std::uint16_t* rows = b.pointers[i];
+        std::int64_t step = b.pointers[i + 1] - rows;
+        for (int j = 1; j < 15; j++)
+            if (b.pointers[i + j + 1] - b.pointers[i + j] != step) {
+                step = padded;
+                break;
+            }
+        if (step == padded && b.pointers[i + 15] - rows != 15 * padded) {
+            std::uint16_t* together = b.pair_keys + i * padded;
+            for (int j = 0; j < 16; j++)
+                if (b.pointers[i + j] != together + j * padded)
+                    for (std::int64_t d = 0; d < c.dim; d += 32) _mm512_store_si512(together + j * padded + d, _mm512_loadu_si512(b.pointers[i + j] + d));
+            rows = together;
+        }
+        const std::uint16_t* q = b.turned;
+        for (std::int64_t h = h0; h < h1; h += 16) {
+            tile_zero<0>();
+            tile_zero<1>();
+            std::int64_t d = 0;
+            for (; d + 64 <= c.dim; d += 64, q += kTileBytes) {
+                tile_load_rows<0>(rows + d, step * 2);
+                tile_load_tokens<0>(q, 64);
+                tile_dot<0, 0, 0>();
+                tile_load_rows<1>(rows + d + 32, step * 2);
+                tile_load_tokens<1>(q + kTileBytes / 2, 64);
+                tile_dot<1, 1, 1>();
+            }
+            for (; d < c.dim; d += 32, q += kTileBytes / 2) {
+                tile_load_rows<0>(rows + d, step * 2);
+                tile_load_tokens<0>(q, 64);
+                tile_dot<0, 0, 0>();
+            }
+            tile_store<0>(sums[0], 64);
+            tile_store<1>(sums[1], 64);
+            __m512i r[16];
+            for (int j = 0; j < 16; j++)
+                r[j] = _mm512_castps_si512(_mm512_mul_ps(_mm512_add_ps(load(sums[0] + 16 * j), load(sums[1] + 16 * j)), set(scale)));
+            transpose_16x16(r);
+            for (int j = 0; j < 16; j++) _mm512_storeu_si512(b.logits + (h - h0 + j) * chunk + i, r[j]);
+        }
+    }
+    tile_end();
+}
+
+// as `weigh` by tiles, heads in sixteens, over `keys`, a multiple of 32
+static void weigh_tiles(std::int64_t heads, std::int64_t keys, std::int64_t chunk, std::int64_t padded, const Desk& b, const float* factors) {
+    alignas(64) float found[4][256];
+    tile_begin();
+    for (std::int64_t h = 0; h < heads; h += 16)
+        for (std::int64_t d = 0; d < padded; d += 64) {
+            // sixteen columns are a tile of pairs of keys
+            const int tiles = padded - d >= 64 ? 4 : 2;
+            tile_zero<0>();
+            tile_zero<1>();
+            tile_zero<2>();
+            tile_zero<3>();
+            for (std::int64_t i = 0; i < keys; i += 32) {
+                const std::uint16_t* at = b.pair_values + i * padded + 2 * d;
+                tile_load_rows<0>(b.numerators + h * chunk + i, chunk * 2);
+                tile_load_tokens<0>(at, padded * 4);
+                tile_dot<0, 0, 0>();
+                tile_load_tokens<1>(at + 32, padded * 4);
+                tile_dot<1, 0, 1>();
+                if (tiles == 2) continue;
+                tile_load_tokens<0>(at + 64, padded * 4);
+                tile_dot<2, 0, 0>();
+                tile_load_tokens<1>(at + 96, padded * 4);
+                tile_dot<3, 0, 1>();
+            }
+            tile_store<0>(found[0], 64);
+            tile_store<1>(found[1], 64);
+            tile_store<2>(found[2], 64);
+            tile_store<3>(found[3], 64);
+            for (int v = 0; v < tiles; v++)
+                for (int j = 0; j < 16; j++) {
+                    float* sums = b.sums + (h + j) * padded + d + 16 * v;
+                    store(sums, fma(load(sums), set(factors[h + j]), load(found[v] + 16 * j)));
+                }
+        }
+    tile_end();
+}
+#endif
+
+// the same of BF16 keys; sums stand in the order that interleaving two rows gives
+static void attend_pairs(const AttentionCall& c, const KeyList& k, std::int64_t first, std::int64_t n, std::int64_t h0, std::int64_t h1,
+                         const AttentionLayout& layout, const Desk& b) {
+    const std::int64_t padded = layout.padded, chunk = layout.chunk;
+    const bool decode = layout.decode;
+    bool tiled = false;
+#if defined(V4_AMX)
+    // a decode step's few keys of a span are no work for tiles
+    tiled = !decode && (h1 - h0) % 16 == 0;
+#endif
+    const std::int64_t unit = tiled ? 32 : 4, even = (n + unit - 1) / unit * unit;
+    for (std::int64_t i = 0; i < n; i++) {
+        const std::int64_t at = first + i;
+        if (at < k.window && !decode) {
+            b.pointers[i] = static_cast<const std::uint16_t*>(c.kv.data) + window_row(c, k, at, false) * c.kv.stride;
+            continue;
+        }
+        std::uint16_t* out = b.pair_keys + i * padded;
+        if (at < k.window) {
+            load_pairs(c.window, window_row(c, k, at, true), out, c.dim, c.rope);
+        } else {
+            const std::int64_t entry = k.picked ? k.picked[at - k.window] : at - k.window;
+            if (entry < layout.expanded) {
+                b.pointers[i] = layout.entries + entry * padded;
+                continue;
+            }
+            load_pairs(c.entries, entry_row(c.step, c.entries, k.sequence, entry), out, c.dim, c.rope);
+        }
+        b.pointers[i] = out;
+    }
+    for (std::int64_t i = n; i < even; i++) b.pointers[i] = b.pointers[n - 1];
+    const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(c.dim));
+#if defined(V4_AMX)
+    if (tiled) {
+        if (first == 0) turn_queries(c, k.token, h0, h1, b);
+        score_tiles(c, even, h0, h1, chunk, padded, b, scale);
+    } else
+#endif
+        score_pairs(c, k.token, even, h0, h1, chunk, b, scale);
+    const std::int64_t pairs = tiled ? even / 2 : (n + 1) / 2;
+    for (std::int64_t i = 0; i < 2 * pairs; i += 2) {
         std::uint16_t* out = b.pair_values + i * padded;
+        const std::uint16_t *one = i < n ? b.pointers[i] : nullptr, *two = i + 1 < n ? b.pointers[i + 1] : nullptr;
         for (std::int64_t d = 0; d < c.dim; d += 32) {
-            const __m512i x = _mm512_loadu_si512(one + d), y = i + 1 < n ? _mm512_loadu_si512(two + d) : _mm512_setzero_si512();
+            const __m512i x = one ? _mm512_loadu_si512(one + d) : _mm512_setzero_si512(), y = two ? _mm512_loadu_si512(two + d) : _mm512_setzero_si512();
             _mm512_storeu_si512(out + 2 * d, _mm512_unpacklo_epi16(x, y));
             _mm512_storeu_si512(out + 2 * d + 32, _mm512_unpackhi_epi16(x, y));
         }
     }
     float factors[kMostHeads];
+    const std::int64_t used = (n + 31) / 32 * 32;
     for (std::int64_t h = h0; h < h1; h++) {
-        float* s = b.logits + (h - h0) * kChunkKeys;
+        float* s = b.logits + (h - h0) * chunk;
         float &top = b.state[2 * (h - h0)], &total = b.state[2 * (h - h0) + 1];
         float most = top;
         for (std::int64_t i = 0; i < n; i++) most = s[i] > most ? s[i] : most;
         factors[h - h0] = top == most ? 1.0f : __builtin_expf(top - most);
         top = most;
-        for (std::int64_t i = n; i < kChunkKeys; i++) s[i] = most - 100.0f;
+        for (std::int64_t i = n; i < used; i++) s[i] = most - 100.0f;
         F part = set(0);
-        std::uint16_t* p = b.numerators + (h - h0) * kChunkKeys;
-        for (std::int64_t i = 0; i < kChunkKeys; i += 32) {
+        std::uint16_t* p = b.numerators + (h - h0) * chunk;
+        for (std::int64_t i = 0; i < used; i += 32) {
             F x = exponential(load(s + i) - set(most)), y = exponential(load(s + i + 16) - set(most));
             const __mmask16 left = n - i >= 16 ? 0xffff : n > i ? static_cast<__mmask16>((1u << (n - i)) - 1) : 0;
             const __mmask16 right = n - i >= 32 ? 0xffff : n > i + 16 ? static_cast<__mmask16>((1u << (n - i - 16)) - 1) : 0;
@@ -292,12 +444,14 @@ static void attend_pairs(const AttentionCall& c, const KeyList& k, std::int64_t 
         }
         total = total * factors[h - h0] + sum(part);
     }
-    const std::int64_t pairs = (n + 1) / 2;
+#if defined(V4_AMX)
+    if (tiled) return weigh_tiles(h1 - h0, even, chunk, padded, b, factors);
+#endif
     std::int64_t h = h0;
     for (; h + 4 <= h1; h += 4)
-        weigh<4>(b.numerators + (h - h0) * kChunkKeys, b.pair_values, pairs, padded, factors + (h - h0), b.sums + (h - h0) * padded);
+        weigh<4>(b.numerators + (h - h0) * chunk, chunk, b.pair_values, pairs, padded, factors + (h - h0), b.sums + (h - h0) * padded);
     for (; h < h1; h++)
-        weigh<1>(b.numerators + (h - h0) * kChunkKeys, b.pair_values, pairs, padded, factors + (h - h0), b.sums + (h - h0) * padded);
+        weigh<1>(b.numerators + (h - h0) * chunk, chunk, b.pair_values, pairs, padded, factors + (h - h0), b.sums + (h - h0) * padded);
 }
 #endif
 
@@ -308,15 +462,15 @@ static void attend(const AttentionCall& c, const AttentionLayout& at, const KeyL
         b.state[2 * h] = -__builtin_inff();
         b.state[2 * h + 1] = 0;
     }
-    for (std::int64_t i = first; i < last; i += kChunkKeys) {
-        const std::int64_t n = last - i < kChunkKeys ? last - i : kChunkKeys;
+    for (std::int64_t i = first; i < last; i += at.chunk) {
+        const std::int64_t n = last - i < at.chunk ? last - i : at.chunk;
 #if defined(V4_BF16)
         if (at.paired) {
-            attend_pairs(c, k, i, n, h0, h1, at.decode, b, at.padded);
+            attend_pairs(c, k, i, n, h0, h1, at, b);
             continue;
         }
 #endif
-        attend_floats(c, k, i, n, h0, h1, at.decode, b, at.padded);
+        attend_floats(c, k, i, n, h0, h1, at, b);
     }
 }
 
@@ -352,6 +506,14 @@ static void sparse_attn(const void* arguments, const Team& team) {
     const AttentionLayout at(c, workspace(), team.size);
     const Desk b = desk_of(c, at, team.rank);
     if (!at.decode) {
+#if defined(V4_BF16)
+        if (at.expanded) {
+            const Span mine = share(at.expanded, team);
+            for (std::int64_t i = mine.begin; i < mine.end; i++)
+                load_pairs(c.entries, entry_row(c.step, c.entries, 0, i), at.entries + i * at.padded, c.dim, c.rope);
+            team.barrier();
+        }
+#endif
         // dealt one by one in turn: later tokens of a prompt see more entries
         for (std::int64_t t = team.rank; t < c.step.tokens; t += team.size) {
             const KeyList k = keys_of(c, t, b.picked);

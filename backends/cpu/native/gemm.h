@@ -118,14 +118,19 @@ V4_INLINE void transpose_16x16(__m512i r[16]) {
 
 // a power of two times BF16 values, exactly; scales so extreme that an exponent could overflow take the slow way
 V4_INLINE __m512i scaled(__m512i w, __m512i exponents, bool simple, const float* factors) {
-    if (__builtin_expect(simple, 1))
-        return _mm512_mask_add_epi16(w, _mm512_test_epi16_mask(w, _mm512_set1_epi16(0x7fff)), w, exponents);
+    if (__builtin_expect(simple, 1)) {
+        // neither zero nor NaN
+        const __m512i size = _mm512_and_si512(w, _mm512_set1_epi16(0x7fff)), one = _mm512_set1_epi16(1);
+        const __mmask32 number = _mm512_cmplt_epu16_mask(_mm512_sub_epi16(size, one), _mm512_set1_epi16(0x7f7f));
+        return _mm512_mask_add_epi16(w, number, w, exponents);
+    }
     alignas(64) std::uint16_t v[32];
     _mm512_store_si512(v, w);
     for (int i = 0; i < 32; i++) v[i] = float_bf16(bf16_float(v[i]) * factors[i / 2]);
     return _mm512_load_si512(v);
 }
 
+#if !defined(V4_AMX)
 // rows [first, first + n) as pairs [blocks * 64][32 rows] of BF16, scales folded in, absent rows zero
 template <Encoding E>
 static void pair_panel(const Matrix& m, std::int64_t first, std::int64_t n, std::uint32_t* panel) {
@@ -186,6 +191,8 @@ static void pair_panel(const Matrix& m, std::int64_t first, std::int64_t n, std:
         }
 }
 
+#endif
+
 // M tokens with a panel; a token's block is `terms` runs of 128 values, each of which meets the same pairs
 template <int M, class Emit>
 static inline __attribute__((always_inline)) void pair_tile(const std::uint32_t* panel, std::int64_t blocks, int terms, const Packed* x,
@@ -226,10 +233,7 @@ static void pair_tiles(const std::uint32_t* panel, std::int64_t blocks, int term
     for (; t < tokens; t++) pair_tile<1>(panel, blocks, terms, x + t * stride, stride, t, row, n, emit);
 }
 
-#if defined(V4_AMX)
-#include "amx.h"
-#endif
-
+#if !defined(V4_AMX)
 template <Encoding E, class Emit>
 static void many_terms(const Matrix& m, std::int64_t begin, std::int64_t end, const Packed* x, std::int64_t stride, std::int64_t tokens,
                        int terms, Emit emit) {
@@ -238,13 +242,10 @@ static void many_terms(const Matrix& m, std::int64_t begin, std::int64_t end, co
     for (std::int64_t row = begin; row < end; row += kPairRows) {
         const std::int64_t n = end - row < kPairRows ? end - row : kPairRows;
         pair_panel<E>(m, row, n, panel);
-#if defined(V4_AMX)
-        amx_tiles(panel, blocks, terms, x, stride, tokens, row, n, emit);
-#else
         pair_tiles(panel, blocks, terms, x, stride, tokens, row, n, emit);
-#endif
     }
 }
+#endif
 #endif
 
 // emit(token, row, values, count) for rows [begin, end): as `multiply`, for many tokens; false where this matrix has no such way
@@ -252,7 +253,9 @@ template <class Emit>
 static bool multiply_many(const Matrix& m, std::int64_t begin, std::int64_t end, const char* packed, std::int64_t tokens, int terms,
                           Emit emit) {
     const std::int64_t stride = packed_row_bytes(m, terms) / (terms ? 2 : 4);
-#if defined(V4_BF16)
+#if defined(V4_AMX)
+    if (terms) return false;  // what is not for tiles
+#elif defined(V4_BF16)
     if (terms) {
         const Packed* x = reinterpret_cast<const Packed*>(packed);
         if (m.encoding == kFp8 && m.scale_kind == kUe8m0 && m.tile_cols == kBlock) many_terms<kFp8>(m, begin, end, x, stride, tokens, terms, emit);

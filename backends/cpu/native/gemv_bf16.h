@@ -5,38 +5,42 @@
 // float32 ones (three). Every (row, token) is summed in the same order whatever the batch and the number of threads are.
 
 constexpr int kVectors = kBlock / 32;  // BF16 vectors of one block
+constexpr std::int64_t kAhead = 2048;  // bytes of a matrix that are asked for before they are needed
 
 using Packed = std::uint16_t;
 
-// Which column of a 128-column block stands at place i of the operand order of an encoding: unpack works inside 128-bit lanes.
+// Which column of a 128-column block stands at place i of the operand order of an encoding: the order in which its columns are decoded.
 struct Order {
-    std::uint8_t fp8[kBlock], fp4[kBlock];
-    constexpr Order() : fp8(), fp4() {
+    std::uint8_t fp8[kBlock], fp4[kBlock], fp4_groups[kBlock];
+    constexpr Order() : fp8(), fp4(), fp4_groups() {
         for (int i = 0; i < kBlock; i++) {
             const int vector = i / 32, place = i % 32;
+            // unpacking works inside 128-bit lanes
             fp8[i] = static_cast<std::uint8_t>(vector / 2 * 64 + (vector & 1) * 8 + place / 8 * 16 + place % 8);
             // a word holds four columns, and each vector takes one nibble of every word
             fp4[i] = static_cast<std::uint8_t>(4 * place + vector);
+            // for tiles a vector holds one group of 32 columns: each half of it four times, shifted by one column each time
+            fp4_groups[i] = static_cast<std::uint8_t>(32 * vector + 16 * (place / 4 % 2) + 4 * (place % 4) + place / 8);
         }
     }
 };
 static constexpr Order order;
 
-// the places of an operand order as indices into two natural vectors: vector v of FP8 takes both from its half of the block; of FP4 its
-// lower lanes come from the first half and its upper lanes from the second
+// the places of an operand order as indices into two natural vectors
 struct Places {
-    alignas(64) std::uint16_t fp8[kBlock], fp4[kBlock];
-    constexpr Places() : fp8(), fp4() {
+    alignas(64) std::uint16_t fp8[kBlock], fp4[kBlock], fp4_groups[kBlock];
+    constexpr Places() : fp8(), fp4(), fp4_groups() {
         for (int i = 0; i < kBlock; i++) {
             fp8[i] = static_cast<std::uint16_t>(order.fp8[i] % 64);
             fp4[i] = static_cast<std::uint16_t>(order.fp4[i] % 64);
+            fp4_groups[i] = static_cast<std::uint16_t>(order.fp4_groups[i] % 32);
         }
     }
 };
 static constexpr Places places;
 
-// one block of one input row -> `terms` times kVectors vectors, zero beyond its end
-static void pack_terms(Encoding e, const float* x, std::int64_t n, int terms, Packed* out) {
+// one block of one input row -> `terms` times kVectors vectors, zero beyond its end; `groups`: FP4 in the order of tiles
+static void pack_terms(Encoding e, const float* x, std::int64_t n, int terms, bool groups, Packed* out) {
     alignas(64) float block[kBlock] = {};
     __builtin_memcpy(block, x, static_cast<std::size_t>(n) * 4);
     for (int t = 0; t < terms; t++, out += kBlock) {
@@ -55,6 +59,8 @@ static void pack_terms(Encoding e, const float* x, std::int64_t n, int terms, Pa
             if (e == kFp8) {
                 const __m512i at = _mm512_load_si512(places.fp8 + 32 * v);
                 placed = _mm512_permutex2var_epi16(natural[v / 2 * 2], at, natural[v / 2 * 2 + 1]);
+            } else if (e == kFp4 && groups) {
+                placed = _mm512_permutexvar_epi16(_mm512_load_si512(places.fp4_groups + 32 * v), natural[v]);
             } else if (e == kFp4) {
                 const __m512i at = _mm512_load_si512(places.fp4 + 32 * v);
                 const __m512i low = _mm512_permutex2var_epi16(natural[0], at, natural[1]);
@@ -66,28 +72,32 @@ static void pack_terms(Encoding e, const float* x, std::int64_t n, int terms, Pa
     }
 }
 
+struct Codes {
+    alignas(64) std::uint8_t fp8_low[128], fp8_high[128];  // every FP8 code without its sign
+    alignas(64) std::uint16_t fp4[32];                     // every FP4 code, twice: a place is looked up by five bits
+    constexpr Codes() : fp8_low(), fp8_high(), fp4() {
+        for (int code = 0; code < 128; code++) {
+            const int e = code >> 3, m = code & 7, top = m >= 4 ? 2 : m >= 2 ? 1 : 0;
+            int h = 0;
+            if (code == 127) h = 0x7fc0;
+            else if (e) h = (e + 120) << 7 | m << 4;
+            else if (m) h = (127 + top - 9) << 7 | (m << (7 - top) & 127);
+            fp8_low[code] = static_cast<std::uint8_t>(h & 255);
+            fp8_high[code] = static_cast<std::uint8_t>(h >> 8);
+        }
+        constexpr int e2m1[8] = {0, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0};
+        for (int i = 0; i < 32; i++) fp4[i] = static_cast<std::uint16_t>(e2m1[i & 7] | (i & 8 ? 0x8000 : 0));
+    }
+};
+static constexpr Codes codes;
+
 struct Tables {
     __m512i fp8_low[2], fp8_high[2], fp4;
 };
-
-static inline Tables tables() {
-    alignas(64) std::uint8_t low[128], high[128];
-    alignas(64) std::uint16_t four[32];
-    for (int code = 0; code < 128; code++) {
-        const int e = code >> 3, m = code & 7;
-        const float value = e ? bits_float(static_cast<std::uint32_t>(e + 120) << 23 | static_cast<std::uint32_t>(m) << 20)
-                              : static_cast<float>(m) * 0.001953125f;
-        const std::uint16_t h = code == 127 ? 0x7fc0 : static_cast<std::uint16_t>(float_bits(value) >> 16);
-        low[code] = static_cast<std::uint8_t>(h & 255);
-        high[code] = static_cast<std::uint8_t>(h >> 8);
-    }
-    const float e2m1[8] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
-    // twice, since a place is looked up by five bits of which the fifth belongs to the next nibble
-    for (int i = 0; i < 32; i++)
-        four[i] = static_cast<std::uint16_t>(float_bits(e2m1[i & 7]) >> 16 | ((i & 8) ? 0x8000 : 0));
-    return {{_mm512_load_si512(low), _mm512_load_si512(low + 64)},
-            {_mm512_load_si512(high), _mm512_load_si512(high + 64)},
-            _mm512_load_si512(four)};
+V4_INLINE Tables tables() {
+    return {{_mm512_load_si512(codes.fp8_low), _mm512_load_si512(codes.fp8_low + 64)},
+            {_mm512_load_si512(codes.fp8_high), _mm512_load_si512(codes.fp8_high + 64)},
+            _mm512_load_si512(codes.fp4)};
 }
 
 // One block of one matrix row as BF16 operands.
@@ -179,8 +189,8 @@ static void rows_with(const Matrix& m, std::int64_t begin, std::int64_t end, con
     constexpr int kRows = 16;
     alignas(64) std::uint8_t tail[256] = {};
     std::int64_t row = begin;
-    // One row after another: the memory is read as one stream, which is what its prefetchers follow (rows side by side reach half of
-    // the rate). The blocks of a row are independent until they meet in `total`.
+    // One row after another: the memory is read as one stream (rows side by side reach half of the rate), and what comes next is asked for,
+    // since decoding keeps the processor from looking that far ahead. The blocks of a row are independent until they meet in `total`.
     if (tokens == 1)
         for (; row < end; row += kRows) {
             const std::int64_t n = end - row < kRows ? end - row : kRows;
@@ -192,6 +202,7 @@ static void rows_with(const Matrix& m, std::int64_t begin, std::int64_t end, con
 #pragma GCC unroll 2
                 for (std::int64_t b = 0; b < whole; b++) {
                     __m512i w[kVectors];
+                    for (std::int64_t line = 0; line < per_block; line += 64) __builtin_prefetch(p + b * per_block + kAhead + line);
                     decode<E>(p + b * per_block, t, w);
                     total = _mm512_fmadd_ps(dot(w, x + b * Terms * kBlock, Terms), factors<E, S>(scale, b, 4), total);
                 }

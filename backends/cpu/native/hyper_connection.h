@@ -59,6 +59,23 @@ struct HyperLayout {
     }
 };
 
+constexpr std::int64_t kTogether = 4;
+
+// x[k] = post[k] y + sum over j of comb[j, k] x[j], w columns (and what stands beyond them up to a whole vector)
+template <int Streams>
+static void return_to_streams(std::int64_t streams, const float* post, const float* comb, const float* y, std::int64_t w, float (*x)[kChunk]) {
+    const int m = Streams ? Streams : static_cast<int>(streams);
+    for (std::int64_t i = 0; i < w; i += W) {
+        F in[kMaxStreams];
+        for (int j = 0; j < m; j++) in[j] = load(x[j] + i);
+        for (int k = 0; k < m; k++) {
+            F sum = set(0);
+            for (int j = 0; j < m; j++) sum = fma(set(comb[j * m + k]), in[j], sum);
+            store(x[k] + i, fma(set(post[k]), load(y + i), sum));
+        }
+    }
+}
+
 static void hyper(const void* arguments, const Team& team) {
     const HyperCall& c = *static_cast<const HyperCall*>(arguments);
     const std::int64_t n = c.width, m = c.streams, chunks = (n + kChunk - 1) / kChunk, units = c.tokens * chunks;
@@ -67,37 +84,44 @@ static void hyper(const void* arguments, const Team& team) {
     float *sums = at.sums, *squares = at.squares;
     Mixing* mixing = at.mixing;
     const Rows& streams = c.y_in.data ? c.x_out : c.x_in;
-    const Span mine = share(units, team);
-    alignas(64) float x[kMaxStreams][kChunk], y[kChunk], out[kChunk];
-    for (std::int64_t unit = mine.begin; unit < mine.end; unit++) {
-        const std::int64_t t = unit / chunks, first = unit % chunks * kChunk, w = n - first < kChunk ? n - first : kChunk;
-        for (std::int64_t j = 0; j < m; j++) read_row(columns(c.x_in, j * n + first), t, w, x[j]);
-        if (c.y_in.data) {  // hc_post
-            const float *post = c.post_in + t * m, *comb = c.comb_in + t * m * m;
-            alignas(64) float mixed[kMaxStreams][kChunk];
-            read_row(columns(c.y_in, first), t, w, y);
-            for (std::int64_t k = 0; k < m; k++) {
-                for (std::int64_t i = 0; i < w; i++) {
-                    float sum = 0;
-                    for (std::int64_t j = 0; j < m; j++) sum += comb[j * m + k] * x[j][i];
-                    mixed[k][i] = post[k] * y[i] + sum;
+    // tokens together, so that what a chunk is multiplied with is read once for all of them
+    alignas(64) float several[kTogether][kMaxStreams][kChunk], y[kChunk], out[kChunk];
+    const std::int64_t groups = (c.tokens + kTogether - 1) / kTogether;
+    const Span first_half = share(groups * chunks, team);
+    for (std::int64_t unit = first_half.begin; unit < first_half.end; unit++) {
+        const std::int64_t t0 = unit / chunks * kTogether, first = unit % chunks * kChunk, w = n - first < kChunk ? n - first : kChunk;
+        const std::int64_t count = c.tokens - t0 < kTogether ? c.tokens - t0 : kTogether;
+        for (std::int64_t at = 0; at < count; at++) {
+            const std::int64_t t = t0 + at;
+            float(*x)[kChunk] = several[at];
+            for (std::int64_t j = 0; j < m; j++) read_row(columns(c.x_in, j * n + first), t, w, x[j]);
+            if (c.y_in.data) {  // hc_post
+                read_row(columns(c.y_in, first), t, w, y);
+                if (m == 4) return_to_streams<4>(4, c.post_in + t * m, c.comb_in + t * m * m, y, w, x);
+                else return_to_streams<0>(m, c.post_in + t * m, c.comb_in + t * m * m, y, w, x);
+                for (std::int64_t k = 0; k < m; k++) {
+                    write_row(c.x_out, t, k * n + first, w, x[k]);
+                    // what was stored is what the next half sees
+                    if (c.x_out.dtype == kBFloat16) read_row(columns(c.x_out, k * n + first), t, w, x[k]);
                 }
-                write_row(c.x_out, t, k * n + first, w, mixed[k]);
             }
-            // what was stored is what the next half sees
-            for (std::int64_t k = 0; k < m; k++) read_row(columns(c.x_out, k * n + first), t, w, x[k]);
         }
         if (!c.fn) continue;
-        float* into = sums + unit * (kMaxMixes + 1);
+        const float* rows_of[kTogether];
+        for (std::int64_t at = 0; at < kTogether; at++) rows_of[at] = several[at < count ? at : 0][0];
+        float found[kTogether];
         for (int r = 0; r < rows; r++) {
-            float sum = 0;
-            for (std::int64_t j = 0; j < m; j++) sum += dot_product(c.fn + (r * m + j) * n + first, x[j], w);
-            into[r] = sum;
+            const float* fn = c.fn + r * m * n + first;
+            if (count == kTogether) dot_products<kTogether>(fn, n, rows_of, kChunk, m, w, found);
+            else
+                for (std::int64_t at = 0; at < count; at++) dot_products<1>(fn, n, rows_of + at, kChunk, m, w, found + at);
+            for (std::int64_t at = 0; at < count; at++) sums[((t0 + at) * chunks + unit % chunks) * (kMaxMixes + 1) + r] = found[at];
         }
-        float square = 0;
-        for (std::int64_t j = 0; j < m; j++) square += dot_product(x[j], x[j], w);
-        into[rows] = square;
+        for (std::int64_t at = 0; at < count; at++)
+            dot_products<1>(rows_of[at], kChunk, rows_of + at, kChunk, m, w, sums + ((t0 + at) * chunks + unit % chunks) * (kMaxMixes + 1) + rows);
     }
+    const Span mine = share(units, team);
+    float(*x)[kChunk] = several[0];
     if (!c.fn) return;
     team.barrier();
     const Span tokens = share(c.tokens, team);
@@ -111,10 +135,10 @@ static void hyper(const void* arguments, const Team& team) {
     for (std::int64_t unit = mine.begin; unit < mine.end; unit++) {
         const std::int64_t t = unit / chunks, first = unit % chunks * kChunk, w = n - first < kChunk ? n - first : kChunk;
         for (std::int64_t j = 0; j < m; j++) read_row(columns(streams, j * n + first), t, w, x[j]);
-        for (std::int64_t i = 0; i < w; i++) {
-            float sum = 0;
-            for (std::int64_t j = 0; j < m; j++) sum += mixing[t].pre[j] * x[j][i];
-            out[i] = sum;
+        for (std::int64_t i = 0; i < w; i += W) {
+            F sum = set(0);
+            for (std::int64_t j = 0; j < m; j++) sum = fma(set(mixing[t].pre[j]), load(x[j] + i), sum);
+            store(out + i, sum);
         }
         write_row(c.u_out, t, first, w, out);
         if (!c.norm_weight.data) continue;
@@ -130,7 +154,7 @@ static void hyper(const void* arguments, const Team& team) {
         const float factor = 1.0f / __builtin_sqrtf(square / static_cast<float>(n) + c.norm_eps);
         read_row(columns(c.u_out, first), t, w, out);
         read_row(columns(c.norm_weight, first), 0, w, y);
-        for (std::int64_t i = 0; i < w; i++) out[i] = out[i] * factor * y[i];
+        for (std::int64_t i = 0; i < w; i += W) store(out + i, load(out + i) * set(factor) * load(y + i));
         write_row(c.u_out, t, first, w, out);
     }
 }

@@ -123,7 +123,11 @@ static void score_tile(const IndexCall& c, const IndexLayout& at, std::int64_t b
                 transpose_16x16(r);
                 for (int k = 0; k < 16; k++) _mm512_storeu_si512(panel + (d / 2 + k) * kPairRows + 16 * half, r[k]);
             }
+#if defined(V4_AMX)
+        amx_tiles(panel, at.depth / kBlock, reinterpret_cast<const Packed*>(desk.queries), at.depth, rows, n, add);
+#else
         pair_tiles(panel, at.depth / kBlock, 1, reinterpret_cast<const Packed*>(desk.queries), at.depth, rows, 0, n, add);
+#endif
     } else
 #endif
     {

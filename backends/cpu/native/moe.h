@@ -62,7 +62,7 @@ constexpr std::int64_t kExpertTokens = 1024;
 
 // one choice of one token
 struct Choice {
-    std::int32_t token, expert;
+    std::int32_t token, expert, group;
     float weight;
 };
 
@@ -74,6 +74,7 @@ struct ExpertsLayout {
     float* gated;                // [choices, I]
     Choice* choices;             // in ascending expert id
     std::int64_t* bounds;        // [groups + 1] first choice of each expert that was chosen
+    std::int64_t* places;        // [groups] first packed row of each, inner ones too
     std::int64_t* groups;        // [1]
     std::int64_t* counts;        // [E + 1]
     ExpertsLayout(const ExpertsCall& c, std::uintptr_t base, int) : arena(base) {
@@ -81,11 +82,15 @@ struct ExpertsLayout {
         most = block * c.chosen;
         terms = terms_for(c.matrices[0], c.u.dtype, c.q8_input);
         inner_terms = terms_for(c.matrices[1], c.short_inner ? kBFloat16 : kFloat32, c.q8_input);
-        packed = arena.take<char>(most * packed_row_bytes(c.matrices[0], terms));
-        inner_packed = arena.take<char>(most * packed_row_bytes(c.matrices[1], inner_terms));
+        // as many as groups of any size can take: each may end with rows that are no token
+        const std::int64_t groups_at_most = most < c.experts ? most : c.experts;
+        const std::int64_t room = most + 15 * (most / kFewTokens < groups_at_most ? most / kFewTokens : groups_at_most);
+        packed = arena.take<char>(room * packed_row_bytes(c.matrices[0], terms));
+        inner_packed = arena.take<char>(room * packed_row_bytes(c.matrices[1], inner_terms));
         gated = arena.take<float>(most * c.inner);
         choices = arena.take<Choice>(most);
-        bounds = arena.take<std::int64_t>((most < c.experts ? most : c.experts) + 1);
+        bounds = arena.take<std::int64_t>(groups_at_most + 1);
+        places = arena.take<std::int64_t>(groups_at_most);
         groups = arena.take<std::int64_t>(1);
         counts = arena.take<std::int64_t>(c.experts + 1);
     }
@@ -102,11 +107,19 @@ static void order_choices(const ExpertsCall& c, const ExpertsLayout& at, std::in
     }
     at.bounds[groups] = (last - first) * c.chosen;
     *at.groups = groups;
+    for (std::int64_t g = 0, place = 0; g < groups; g++) {
+        at.places[g] = place;
+        // two matrices of one encoding; where only one has terms, the other leaves the room empty
+        const std::int64_t n = at.bounds[g + 1] - at.bounds[g], a = packed_rows(c.matrices[0], n, at.terms), b = packed_rows(c.matrices[1], n, at.inner_terms);
+        place += a > b ? a : b;
+    }
     for (std::int64_t t = first; t < last; t++)
         for (std::int64_t k = 0; k < c.chosen; k++) {
             const std::int32_t e = c.ids ? c.ids[t * c.chosen + k] : 0;
-            at.choices[at.counts[e]++] = Choice{static_cast<std::int32_t>(t), e, c.weights ? c.weights[t * c.chosen + k] : 1.0f};
+            at.choices[at.counts[e]++] = Choice{static_cast<std::int32_t>(t), e, 0, c.weights ? c.weights[t * c.chosen + k] : 1.0f};
         }
+    for (std::int64_t g = 0; g < groups; g++)
+        for (std::int64_t i = at.bounds[g]; i < at.bounds[g + 1]; i++) at.choices[i].group = static_cast<std::int32_t>(g);
 }
 
 // gated[i] = weight * silu(min(gated[i], limit)) * clamp(v[i]), in rows of whatever length
@@ -150,7 +163,8 @@ static void experts_of(const ExpertsCall& c, const ExpertsLayout& at, std::int64
         const std::int64_t i = unit / blocks, b = unit % blocks, left = c.width - b * kBlock, n = left < kBlock ? left : kBlock;
         read_row(columns(c.u, b * kBlock), at.choices[i].token, n, block);
         if (c.q8_input) q8_round(block, n);
-        pack_values(c.matrices[0], block, n, b, at.terms, at.packed + i * row_bytes);
+        const std::int64_t g = at.choices[i].group, begin = at.bounds[g];
+        pack_values(c.matrices[0], block, n, b, at.terms, at.packed + at.places[g] * row_bytes, i - begin, at.bounds[g + 1] - begin);
     }
     team.barrier();
     const std::int64_t row_blocks = (c.inner + kGateRows - 1) / kGateRows;
@@ -162,7 +176,7 @@ static void experts_of(const ExpertsCall& c, const ExpertsLayout& at, std::int64
         const std::int64_t r1 = (stop - g * row_blocks) * kGateRows < c.inner ? (stop - g * row_blocks) * kGateRows : c.inner;
         const std::int64_t begin = at.bounds[g], n = at.bounds[g + 1] - begin;
         const Matrix* m = c.matrices + 3 * at.choices[begin].expert;
-        const char* rows = at.packed + begin * row_bytes;
+        const char* rows = at.packed + at.places[g] * row_bytes;
         multiply(m[0], r0, r1, rows, n, at.terms, [&](std::int64_t t, std::int64_t row, const float* v, int k) {
             __builtin_memcpy(at.gated + (begin + t) * c.inner + row, v, static_cast<std::size_t>(k) * 4);
         });
@@ -178,7 +192,9 @@ static void experts_of(const ExpertsCall& c, const ExpertsLayout& at, std::int64
         const std::int64_t i = unit / inner_blocks, b = unit % inner_blocks, left = c.inner - b * kBlock, n = left < kBlock ? left : kBlock;
         __builtin_memcpy(block, at.gated + i * c.inner + b * kBlock, static_cast<std::size_t>(n) * 4);
         if (c.q8_input) q8_round(block, n);
-        pack_values(c.matrices[1], block, n, b, at.inner_terms, at.inner_packed + i * inner_bytes);
+        const std::int64_t g = at.choices[i].group, begin = at.bounds[g];
+        pack_values(c.matrices[1], block, n, b, at.inner_terms, at.inner_packed + at.places[g] * inner_bytes, i - begin,
+                    at.bounds[g + 1] - begin);
     }
     team.barrier();
     // a member sums the rows it takes for all tokens, expert after expert
@@ -189,7 +205,7 @@ static void experts_of(const ExpertsCall& c, const ExpertsLayout& at, std::int64
             for (std::int64_t t = first; t < last; t++) __builtin_memset(y + t * c.y.stride + r0, 0, static_cast<std::size_t>(r1 - r0) * 4);
         for (std::int64_t g = 0; g < groups; g++) {
             const std::int64_t begin = at.bounds[g], n = at.bounds[g + 1] - begin;
-            multiply(c.matrices[3 * at.choices[begin].expert + 1], r0, r1, at.inner_packed + begin * inner_bytes, n, at.inner_terms,
+            multiply(c.matrices[3 * at.choices[begin].expert + 1], r0, r1, at.inner_packed + at.places[g] * inner_bytes, n, at.inner_terms,
                      [&](std::int64_t t, std::int64_t row, const float* v, int k) {
                          const std::int64_t token = at.choices[begin + t].token;
                          float out[64];

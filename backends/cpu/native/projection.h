@@ -5,11 +5,11 @@ V4_INLINE void round_to(Encoding dtype, float* x, std::int64_t n) {
 }
 
 // a float32 row in the order of a matrix, rounded to FP8 in groups first where asked for
-static void pack_row(const Matrix& m, float* x, bool q8, int terms, char* packed) {
+static void pack_row(const Matrix& m, float* x, bool q8, int terms, char* packed, std::int64_t token, std::int64_t tokens) {
     for (std::int64_t b = 0; b < blocks_of(m.cols); b++) {
         const std::int64_t left = m.cols - b * kBlock, n = left < kBlock ? left : kBlock;
         if (q8) q8_round(x + b * kBlock, n);
-        pack_values(m, x + b * kBlock, n, b, terms, packed);
+        pack_values(m, x + b * kBlock, n, b, terms, packed, token, tokens);
     }
 }
 
@@ -65,7 +65,7 @@ static void q_project(const void* arguments, const Team& team) {
         normalise(x, c.norm, rank_rows, c.eps);
         round_to(c.qr.dtype, x, rank_rows);
         write_row(c.qr, t, 0, rank_rows, x);
-        pack_row(c.wq_b, x, c.q8_b, at.terms_b, at.packed_b + t * packed_row_bytes(c.wq_b, at.terms_b));
+        pack_row(c.wq_b, x, c.q8_b, at.terms_b, at.packed_b, t, c.tokens);
     }
     team.barrier();
     // a member finishes the heads it computed; between the two they lie in the result, in its dtype
@@ -154,7 +154,8 @@ struct OutputLayout {
 static void grouped_out(const void* arguments, const Team& team) {
     const OutputCall& c = *static_cast<const OutputCall*>(arguments);
     const OutputLayout at(c, workspace(), team.size);
-    const std::int64_t cols = c.wo_a.cols, rank = c.wo_a.rows / c.groups, row_bytes = packed_row_bytes(c.wo_a, at.terms_a);
+    const std::int64_t cols = c.wo_a.cols, rank = c.wo_a.rows / c.groups;
+    const std::int64_t group_bytes = packed_bytes(c.wo_a, c.tokens, at.terms_a);
     float* row = at.rows + team.rank * ((cols + 15) / 16 * 16);
     const Span units = share(c.tokens * c.groups, team);
     for (std::int64_t unit = units.begin; unit < units.end; unit++) {
@@ -165,14 +166,14 @@ static void grouped_out(const void* arguments, const Team& team) {
             rotate(tail, c.table + t * c.rope, c.rope / 2, true);
             round_to(c.o.dtype, tail, c.rope);
         }
-        pack_row(c.wo_a, row, false, at.terms_a, at.packed_a + (g * c.tokens + t) * row_bytes);
+        pack_row(c.wo_a, row, false, at.terms_a, at.packed_a + g * group_bytes, t, c.tokens);
     }
     team.barrier();
     const Rows z{at.between, c.wo_a.rows, c.short_between ? kBFloat16 : kFloat32, 0};
     deal_rows(team, 0, c.wo_a.rows, [&](std::int64_t first, std::int64_t last) {
         for (std::int64_t g = first / rank; g * rank < last; g++) {
             const std::int64_t begin = first > g * rank ? first : g * rank, end = last < (g + 1) * rank ? last : (g + 1) * rank;
-            multiply(c.wo_a, begin, end, at.packed_a + g * c.tokens * row_bytes, c.tokens, at.terms_a,
+            multiply(c.wo_a, begin, end, at.packed_a + g * group_bytes, c.tokens, at.terms_a,
                      [&](std::int64_t t, std::int64_t r, const float* v, int n) { write_row(z, t, r, n, v); });
         }
     });

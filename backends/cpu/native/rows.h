@@ -14,7 +14,9 @@ V4_INLINE void read_row(const Rows& x, std::int64_t row, std::int64_t n, float* 
 V4_INLINE void write_row(const Rows& y, std::int64_t row, std::int64_t first, std::int64_t n, const float* in) {
     if (y.dtype == kBFloat16) {
         std::uint16_t* p = reinterpret_cast<std::uint16_t*>(y.data) + row * y.stride + first;
-        for (std::int64_t i = 0; i < n; i++) p[i] = float_bf16(in[i]);
+        std::int64_t i = 0;
+        for (; i + W <= n; i += W) store_bf16(p + i, load(in + i));
+        for (; i < n; i++) p[i] = float_bf16(in[i]);
     } else {
         __builtin_memcpy(reinterpret_cast<float*>(y.data) + row * y.stride + first, in, static_cast<std::size_t>(n) * 4);
     }

@@ -18,6 +18,15 @@ V4_INLINE F round_even(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEARE
 V4_INLINE F load_bf16(const std::uint16_t* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
 }
+// to nearest, ties to even, as `float_bf16`
+V4_INLINE void store_bf16(std::uint16_t* p, F a) {
+    const __m512i b = _mm512_castps_si512(a), high = _mm512_srli_epi32(b, 16);
+    const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+    const __m512i near = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(b, _mm512_set1_epi32(0x7fff)), odd), 16);
+    const __m512i quiet = _mm512_or_si512(high, _mm512_set1_epi32(0x40));
+    const __m512i found = _mm512_mask_mov_epi32(near, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), quiet);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(found));
+}
 V4_INLINE F power_of_two(F n) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23)); }
 // E4M3 -> half precision -> float32: halves keep E4M3's subnormals; the factor 2**8 is left to the caller's scale
 V4_INLINE F load_fp8_256th(const std::uint8_t* p) {
@@ -79,6 +88,13 @@ V4_INLINE F load_fp8_256th(const std::uint8_t* p) {
     return r;
 }
 #endif
+#if !defined(V4_AVX512)
+V4_INLINE void store_bf16(std::uint16_t* p, F a) {
+    float x[W];
+    store(x, a);
+    for (int i = 0; i < W; i++) p[i] = float_bf16(x[i]);
+}
+#endif
 
 // e**x for x <= 88, 0 below -87; relative error below 2e-7
 V4_INLINE F exponential(F x) {
@@ -110,4 +126,37 @@ V4_INLINE float dot_product(const float* a, const float* b, std::int64_t n) {
     float total = sum((s0 + s1) + (s2 + s3));
     for (; i < n; i++) total += a[i] * b[i];
     return total;
+}
+
+// sums over `streams` rows of n values each, `stride` apart in `a`, with T vectors of as many rows: out[t] of b[t] is the same whatever T is
+template <int T>
+V4_INLINE void dot_products(const float* a, std::int64_t stride, const float* const* b, std::int64_t b_stride, std::int64_t streams,
+                            std::int64_t n, float* out) {
+    F s[T][4];
+    for (int t = 0; t < T; t++)
+        for (int i = 0; i < 4; i++) s[t][i] = set(0);
+    for (std::int64_t j = 0; j < streams; j++) {
+        const float* one = a + j * stride;
+        std::int64_t i = 0;
+        for (; i + 4 * W <= n; i += 4 * W)
+#pragma GCC unroll 4
+            for (int l = 0; l < 4; l++) {
+                const F x = load(one + i + l * W);
+#pragma GCC unroll 4
+                for (int t = 0; t < T; t++) s[t][l] = fma(x, load(b[t] + j * b_stride + i + l * W), s[t][l]);
+            }
+        for (; i + W <= n; i += W)
+            for (int t = 0; t < T; t++) s[t][0] = fma(load(one + i), load(b[t] + j * b_stride + i), s[t][0]);
+        if (i < n) {
+            // the rest of a row in a vector of its own, zero beyond its end
+            alignas(64) float x[W] = {}, y[W];
+            __builtin_memcpy(x, one + i, static_cast<std::size_t>(n - i) * 4);
+            for (int t = 0; t < T; t++) {
+                for (int l = 0; l < W; l++) y[l] = 0;
+                __builtin_memcpy(y, b[t] + j * b_stride + i, static_cast<std::size_t>(n - i) * 4);
+                s[t][1] = fma(load(x), load(y), s[t][1]);
+            }
+        }
+    }
+    for (int t = 0; t < T; t++) out[t] = sum((s[t][0] + s[t][1]) + (s[t][2] + s[t][3]));
 }
