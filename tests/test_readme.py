@@ -40,7 +40,15 @@ def test_every_command_and_flag_in_the_readme_exists() -> None:
         assert command is not None, words
         assert not isinstance(command, click.Group) or words in known, words
     # a word with two dashes that is none of ours belongs to another program
-    others = {"--help", "--pyargs", "--nproc-per-node", "--no-python", "--processes", "--no-binary", "--no-deps"}
+    others = {
+        "--help",
+        "--pyargs",
+        "--nproc-per-node",
+        "--no-python",
+        "--processes",
+        "--no-binary",
+        "--no-deps",
+    }
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= flags | others
 
 

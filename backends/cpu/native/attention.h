@@ -374,13 +374,13 @@ static void weigh_tiles(std::int64_t heads, std::int64_t keys, std::int64_t chun
 
 // the same of BF16 keys; sums stand in the order that interleaving two rows gives
 static void attend_pairs(const AttentionCall& c, const KeyList& k, std::int64_t first, std::int64_t n, std::int64_t h0, std::int64_t h1,
-                         const AttentionLayout& layout, const Desk& b) {
+                         const AttentionLayout& layout, const Desk& b, bool begins) {
+    (void)begins;
     const std::int64_t padded = layout.padded, chunk = layout.chunk;
     const bool decode = layout.decode;
     bool tiled = false;
 #if defined(V4_AMX)
-    // a decode step's few keys of a span are no work for tiles
-    tiled = !decode && (h1 - h0) % 16 == 0;
+    tiled = (h1 - h0) % 16 == 0;
 #endif
     const std::int64_t unit = tiled ? 32 : 4, even = (n + unit - 1) / unit * unit;
     for (std::int64_t i = 0; i < n; i++) {
@@ -406,7 +406,7 @@ static void attend_pairs(const AttentionCall& c, const KeyList& k, std::int64_t 
     const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(c.dim));
 #if defined(V4_AMX)
     if (tiled) {
-        if (first == 0) turn_queries(c, k.token, h0, h1, b);
+        if (begins) turn_queries(c, k.token, h0, h1, b);
         score_tiles(c, even, h0, h1, chunk, padded, b, scale);
     } else
 #endif
@@ -466,7 +466,7 @@ static void attend(const AttentionCall& c, const AttentionLayout& at, const KeyL
         const std::int64_t n = last - i < at.chunk ? last - i : at.chunk;
 #if defined(V4_BF16)
         if (at.paired) {
-            attend_pairs(c, k, i, n, h0, h1, at, b);
+            attend_pairs(c, k, i, n, h0, h1, at, b, i == first);
             continue;
         }
 #endif

@@ -199,8 +199,24 @@ static void rows_with(const Matrix& m, std::int64_t begin, std::int64_t end, con
                 __m512 total = _mm512_setzero_ps();
                 const std::uint8_t* p = m.data + (row + r) * m.row_bytes;
                 const std::uint8_t* scale = S == kNoScale ? nullptr : m.scale + (row + r) / m.tile_rows * m.scale_row_bytes;
+                std::int64_t b = 0;
+                if constexpr (E == kFp4)
+                    for (; b + 4 <= whole; b += 4) {
+                        // sixteen scales at once; of a block the next four, each for four lanes, as in `factors`
+                        const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scale + 4 * b)));
+                        const __m512 all = _mm512_castsi512_ps(_mm512_max_epi32(_mm512_slli_epi32(bytes, 23), _mm512_set1_epi32(0x00400000)));
+                        __m512i spread = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+#pragma GCC unroll 4
+                        for (int k = 0; k < 4; k++) {
+                            __m512i w[kVectors];
+                            __builtin_prefetch(p + (b + k) * per_block + kAhead);
+                            decode<E>(p + (b + k) * per_block, t, w);
+                            total = _mm512_fmadd_ps(dot(w, x + (b + k) * Terms * kBlock, Terms), _mm512_permutexvar_ps(spread, all), total);
+                            spread = _mm512_add_epi32(spread, _mm512_set1_epi32(4));
+                        }
+                    }
 #pragma GCC unroll 2
-                for (std::int64_t b = 0; b < whole; b++) {
+                for (; b < whole; b++) {
                     __m512i w[kVectors];
                     for (std::int64_t line = 0; line < per_block; line += 64) __builtin_prefetch(p + b * per_block + kAhead + line);
                     decode<E>(p + b * per_block, t, w);
