@@ -94,6 +94,8 @@ FULL = Plan((128, 512, 2048), 16, 5, 3, 672, 32, 4, 512, 512)
 
 def run(bench: Bench) -> Iterator[Row]:
     """Compare, then measure; see the module."""
+    if not bench.wants("model/peers"):
+        return
     plan = QUICK if bench.quick else FULL
     if bench.backend.device.type != "cpu":
         yield not_run(

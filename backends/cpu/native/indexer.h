@@ -62,6 +62,30 @@ static void load_index_key(const Cache& cache, std::int64_t row, float* out, std
     }
 }
 
+#if defined(V4_BF16)
+// the same as BF16, which holds every stored value exactly; `dim` in whole groups of 32
+static void load_index_pairs(const Cache& cache, std::int64_t row, std::uint16_t* out, std::int64_t dim) {
+    const std::uint8_t *p = cache.data + row * cache.row_bytes, *scales = p + dim / 2;
+    bool simple = cache.format == kCacheNative;
+    for (std::int64_t g = 0; g < dim / 32 && simple; g++) simple = scales[g] >= 16 && scales[g] <= 232;
+    if (!simple) {
+        alignas(64) float wide[kMostDim];
+        load_index_key(cache, row, wide, dim);
+        for (std::int64_t i = 0; i < dim; i += 32)
+            _mm512_storeu_si512(out + i, (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(wide + i + 16), _mm512_load_ps(wide + i)));
+        return;
+    }
+    const __m512i four = tables().fp4;
+    for (std::int64_t g = 0; g < dim / 32; g++) {
+        // a byte is two codes: one stays where it is, the other goes to the word above; what else a word holds is nothing to the table
+        const __m512i two = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16 * g)));
+        const __m512i at = _mm512_or_si512(two, _mm512_slli_epi32(two, 12));
+        const __m512i e = _mm512_set1_epi16(static_cast<short>((scales[g] - 127) * 128));
+        _mm512_storeu_si512(out + 32 * g, _mm512_permutexvar_epi16(at, _mm512_mask_add_epi16(four, 0xfefefefeu, four, e)));
+    }
+}
+#endif
+
 struct IndexDesk {
     char* queries;
     float* keys;
@@ -86,11 +110,21 @@ static void pack_queries(const IndexCall& c, const IndexLayout& at, std::int64_t
 // scores of one tile of entries [first, first + n) for packed tokens; a row of scores belongs to each of them
 static void score_tile(const IndexCall& c, const IndexLayout& at, std::int64_t b, std::int64_t first, std::int64_t n, std::int64_t token,
                        std::int64_t count, const IndexDesk& desk, float* scores) {
+    std::uint16_t* pairs = reinterpret_cast<std::uint16_t*>(desk.keys);
     for (std::int64_t i = 0; i < at.tile; i++) {
+        const std::int64_t row = i < n ? entry_row(c.step, c.keys, b, first + i) : 0, filled = i < n ? c.dim : 0;
+#if defined(V4_BF16)
+        if (at.paired) {
+            if (i < n) load_index_pairs(c.keys, row, pairs + i * at.depth, c.dim);
+            __builtin_memset(pairs + i * at.depth + filled, 0, static_cast<std::size_t>(at.depth - filled) * 2);
+            continue;
+        }
+#endif
         float* key = desk.keys + i * at.depth;
-        if (i < n) load_index_key(c.keys, entry_row(c.step, c.keys, b, first + i), key, c.dim);
-        for (std::int64_t d = i < n ? c.dim : 0; d < at.depth; d++) key[d] = 0;
+        if (i < n) load_index_key(c.keys, row, key, c.dim);
+        for (std::int64_t d = filled; d < at.depth; d++) key[d] = 0;
     }
+    (void)pairs;
     for (std::int64_t t = 0; t < count; t++)
         for (std::int64_t i = 0; i < at.tile; i++) scores[t * at.most + first + i] = 0;
     const auto add = [&](std::int64_t row, std::int64_t, const float* dots, int found) {
@@ -116,10 +150,7 @@ static void score_tile(const IndexCall& c, const IndexLayout& at, std::int64_t b
         for (int half = 0; half < 2; half++)
             for (std::int64_t d = 0; d < at.depth; d += 32) {
                 __m512i r[16];
-                for (int i = 0; i < 16; i++) {
-                    const float* key = desk.keys + (16 * half + i) * at.depth + d;
-                    r[i] = (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(key + 16), _mm512_loadu_ps(key));
-                }
+                for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(pairs + (16 * half + i) * at.depth + d);
                 transpose_16x16(r);
                 for (int k = 0; k < 16; k++) _mm512_storeu_si512(panel + (d / 2 + k) * kPairRows + 16 * half, r[k]);
             }
