@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from v4sdk_bench.stage import Bench, BenchError
 
 # weights that a cache holds are not read from memory, and then memory's bandwidth says nothing
 _TIMES_CACHE = 4
+# where the cache is said to be large enough, so many bytes are tried, unless they are few; read so much faster, a cache holds them
+_LEAST_ASKED_BYTES, _FASTER_IN_CACHE = 64_000_000, 1.3
 _COMPARABLE: tuple[metrics.Verdict, ...] = ("same model", "same within precision")
 
 
@@ -183,8 +186,19 @@ def speed_row(
 def reads_memory(config: ModelConfig, stored: Stored) -> bool:
     """Whether the weights of a token are too many for caches to hold a good part of them."""
     size: int = bytes_per_token(config, stored)
-    cache: int = limits.last_level_cache_bytes(torch.device("cpu"))
-    return size >= _TIMES_CACHE * cache
+    cached: int = limits.last_level_cache_bytes(torch.device("cpu"))
+    return size >= _TIMES_CACHE * cached or (size >= _LEAST_ASKED_BYTES and _is_read_as_slowly(size))
+
+
+@cache
+def _is_read_as_slowly(size: int) -> bool:
+    """Whether as many bytes are read no faster than far more of them: a large cache may be a whole host's, and little of it ours."""
+    device = torch.device("cpu")
+    try:
+        small, large = (limits.ReadProbe(device, None, n).rate() for n in (size, limits.BUFFER_BYTES))
+    except BenchError:
+        return False
+    return small <= _FASTER_IN_CACHE * large
 
 
 def shares_of(
