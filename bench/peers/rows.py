@@ -26,7 +26,7 @@ from v4sdk_bench.stage import Bench, BenchError
 
 # weights that a cache holds are not read from memory, and then memory's bandwidth says nothing
 _TIMES_CACHE = 4
-# where the cache is said to be large enough, so many bytes are tried, unless they are few; read so much faster, a cache holds them
+# where the cache is said to be large enough, as many bytes are tried, unless they are few; read so much faster, a cache has them
 _LEAST_ASKED_BYTES, _FASTER_IN_CACHE = 64_000_000, 1.3
 _COMPARABLE: tuple[metrics.Verdict, ...] = ("same model", "same within precision")
 
@@ -192,13 +192,13 @@ def reads_memory(config: ModelConfig, stored: Stored) -> bool:
 
 @cache
 def _is_read_as_slowly(size: int) -> bool:
-    """Whether as many bytes are read no faster than far more of them: a large cache may be a whole host's, and little of it ours."""
+    """Whether as many bytes are read no faster than far more of them: a large cache may be a whole host's, little of it ours."""
     device = torch.device("cpu")
     try:
         small, large = (limits.ReadProbe(device, None, n).rate() for n in (size, limits.BUFFER_BYTES))
     except BenchError:
         return False
-    return small <= _FASTER_IN_CACHE * large
+    return bool(small <= _FASTER_IN_CACHE * large)
 
 
 def shares_of(
