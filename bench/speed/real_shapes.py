@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from v4sdk.ops.op import REFERENCES, Cost
 from v4sdk.presets import V4_FLASH, V4_PRO, shrunk
 from v4sdk.tensors import TensorSpec, expected_tensors
 from v4sdk.weights import WeightSource
+from v4sdk_bench.parity.metrics import relative_l2
 from v4sdk_bench.speed.ceilings import free_bytes
 from v4sdk_bench.speed.op_counts import counted
 from v4sdk_bench.speed.synthetic_kv import fill
@@ -41,6 +43,8 @@ _VOCABULARY = 256
 _ROOM = 1.5
 # the accepted distance of a layer's output to the references: as of one layer to the official forward pass
 OUTPUT_LIMIT = 3.1e-2
+# the least share of tokens that both send to the same experts
+ALIKE_LEAST = 0.9
 
 Say = Callable[[str], None]
 
@@ -72,7 +76,9 @@ class Layer:
     Attributes:
         step: runs it once, always over the same tokens and context. cost: of the step, by the ops' own rules.
         experts: how many the step chooses; each has bytes of its own. weight_bytes: as stored, of those.
-        relative_l2: distance of the output to that of the references; finite: all of it is numbers.
+        relative_l2: distance of the output to that of the references, over the tokens that both send to the same experts: two
+            experts of nearly the same score fall either way, and then the outputs are of different experts.
+        routed_alike: share of those tokens. finite: all of the output is numbers.
     """
 
     case: LayerCase
@@ -81,6 +87,7 @@ class Layer:
     experts: int
     weight_bytes: int
     relative_l2: float
+    routed_alike: float
     finite: bool
 
 
@@ -97,7 +104,8 @@ def layer(case: LayerCase, backend: Backend, say: Say = lambda text: None, seed:
         tensors = draw_layer(config, label)
         say(f"{case.key}: finding the experts that the step chooses")
         host = KVCache(config, "native")
-        routed = _routed(V4Model(Binder(config, WeightSource(tensors)), FAST), x, *_context(host, case, seed))
+        routes = _routes(V4Model(Binder(config, WeightSource(tensors)), FAST), x, *_context(host, case, seed))
+        routed = _experts(routes)
         _check_memory(config, backend, len(routed))
         say(f"{case.key}: drawing {len(routed)} experts")
         draw_experts(tensors, config, label, routed)
@@ -106,7 +114,8 @@ def layer(case: LayerCase, backend: Backend, say: Say = lambda text: None, seed:
         batch, cache = _context(KVCache(config, "native", backend.device), case, seed)
         slot = CacheRows(int(batch.slots[0]))
         fixed = cache.snapshot_fixed(slot)
-        strangers = _routed(ours, x, batch, cache) - routed
+        ours_routes = _routes(ours, x, batch, cache)
+        strangers = _experts(ours_routes) - routed
         cache.restore_fixed(slot, fixed)
         if strangers:
             raise BenchError(
@@ -129,11 +138,13 @@ def layer(case: LayerCase, backend: Backend, say: Say = lambda text: None, seed:
         plain = V4Model(_binder(config, tensors, backend), FAST, REFERENCES)
         batch_too, cache_too = _context(KVCache(config, "native", backend.device), case, seed)
         expected = plain.run_blocks(plain.blocks, x, batch_too, cache_too.layers)
-        apart = float((out.double() - expected.double()).norm() / expected.double().norm())
+        alike = (ours_routes == routes).all(dim=1)
+        apart = relative_l2(out.cpu()[alike], expected.cpu()[alike]) if bool(alike.any()) else math.inf
         stored = {t.data_ptr(): t.nbytes for t in tensors.values()}
         return Layer(
-            case, step, table.cost, len(routed), sum(stored.values()), apart, bool(torch.isfinite(out).all())
-        )
+            case, step, table.cost, len(routed), sum(stored.values()), apart, float(alike.float().mean()),
+            bool(torch.isfinite(out).all()),
+        )  # fmt: skip
 
 
 def draw_layer(config: ModelConfig, label: str) -> dict[str, Tensor]:
@@ -200,8 +211,8 @@ def _context(cache: KVCache, case: LayerCase, seed: int) -> tuple[Batch, KVCache
     return cache.batch([rows], [[0] * case.tokens], [CONTEXT - case.tokens]), cache
 
 
-def _routed(model: V4Model, x: Tensor, batch: Batch, cache: KVCache) -> frozenset[int]:
-    """The experts that a step chooses. The step ends there, so any bytes do for theirs; what it wrote stays."""
+def _routes(model: V4Model, x: Tensor, batch: Batch, cache: KVCache) -> Tensor:
+    """The experts that each token chooses, ascending. The step ends there, so any bytes do for theirs; what it wrote stays."""
     seen: list[Tensor] = []
 
     def observe(name: str, value: Tensor) -> None:
@@ -211,7 +222,11 @@ def _routed(model: V4Model, x: Tensor, batch: Batch, cache: KVCache) -> frozense
 
     with contextlib.suppress(_Enough):
         model.run_blocks(model.blocks, x, batch, cache.layers, observe)
-    return frozenset(torch.unique(seen[0]).tolist())
+    return seen[0].cpu().sort(dim=1).values
+
+
+def _experts(routes: Tensor) -> frozenset[int]:
+    return frozenset(torch.unique(routes).tolist())
 
 
 class _Enough(Exception):

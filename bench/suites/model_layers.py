@@ -55,7 +55,7 @@ def _layer_name(case: LayerCase) -> str:
 
 
 def _layer_row(bench: Bench, case: LayerCase) -> Row:
-    from v4sdk_bench.speed.real_shapes import CONTEXT, OUTPUT_LIMIT, layer
+    from v4sdk_bench.speed.real_shapes import ALIKE_LEAST, CONTEXT, OUTPUT_LIMIT, layer
 
     began = time.monotonic()
     setting: dict[str, Value] = {
@@ -69,11 +69,11 @@ def _layer_row(bench: Bench, case: LayerCase) -> Row:
             case.key, _layer_name(case), exc.message, setting=setting, command=bench.command(case.key)
         )
     values: dict[str, Value] = {
-        "relative_l2": found.relative_l2, "finite": int(found.finite), "read_bytes": found.cost.read_bytes,
-        "write_bytes": found.cost.write_bytes, "flops": found.cost.flops, "experts": found.experts,
+        "relative_l2": found.relative_l2, "routed_alike_share": found.routed_alike, "finite": int(found.finite),
+        "read_bytes": found.cost.read_bytes, "write_bytes": found.cost.write_bytes, "flops": found.cost.flops, "experts": found.experts,
         "weight_bytes": found.weight_bytes,
     }  # fmt: skip
-    limits = {"relative_l2": OUTPUT_LIMIT, ">=finite": 1}
+    limits = {"relative_l2": OUTPUT_LIMIT, ">=routed_alike_share": ALIKE_LEAST, ">=finite": 1}
     if judged(values, limits) == "ok":
         bench.say(f"{case.key}: timing")
         # it ran before, for the comparison
@@ -100,7 +100,16 @@ def _with_floor(row: Row, ceilings: list[Any]) -> Row:
     try:
         of_ceiling = share(floor, values["median_s"])
     except BenchError as exc:
-        plain = ("relative_l2", "finite", "read_bytes", "write_bytes", "flops", "experts", "weight_bytes")
+        plain = (
+            "relative_l2",
+            "routed_alike_share",
+            "finite",
+            "read_bytes",
+            "write_bytes",
+            "flops",
+            "experts",
+            "weight_bytes",
+        )
         return replace(
             row, state="failed", values={k: values[k] for k in plain}, note=f"{exc.message}; {exc.hint}"
         )
