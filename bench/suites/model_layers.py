@@ -70,8 +70,8 @@ def _layer_row(bench: Bench, case: LayerCase) -> Row:
         )
     values: dict[str, Value] = {
         "relative_l2": found.relative_l2, "routed_alike_share": found.routed_alike, "finite": int(found.finite),
-        "read_bytes": found.cost.read_bytes, "write_bytes": found.cost.write_bytes, "flops": found.cost.flops, "experts": found.experts,
-        "weight_bytes": found.weight_bytes,
+        "read_bytes": found.cost.read_bytes, "write_bytes": found.cost.write_bytes, "flops": found.cost.flops,
+        "experts": found.experts, "weight_bytes": found.weight_bytes,
     }  # fmt: skip
     limits = {"relative_l2": OUTPUT_LIMIT, ">=routed_alike_share": ALIKE_LEAST, ">=finite": 1}
     if judged(values, limits) == "ok":
@@ -101,15 +101,8 @@ def _with_floor(row: Row, ceilings: list[Any]) -> Row:
         of_ceiling = share(floor, values["median_s"])
     except BenchError as exc:
         plain = (
-            "relative_l2",
-            "routed_alike_share",
-            "finite",
-            "read_bytes",
-            "write_bytes",
-            "flops",
-            "experts",
-            "weight_bytes",
-        )
+            "relative_l2", "routed_alike_share", "finite", "read_bytes", "write_bytes", "flops", "experts", "weight_bytes",
+        )  # fmt: skip
         return replace(
             row, state="failed", values={k: values[k] for k in plain}, note=f"{exc.message}; {exc.hint}"
         )
