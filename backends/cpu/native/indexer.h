@@ -107,6 +107,42 @@ static void pack_queries(const IndexCall& c, const IndexLayout& at, std::int64_t
     }
 }
 
+#if defined(V4_AMX)
+// What `score_tile` adds up, where tiles are whole: sixteen heads of a token at a time, weighed as they come. `panel` holds 32 keys as pairs.
+static void score_heads(const IndexCall& c, const IndexLayout& at, const std::uint32_t* panel, std::int64_t first, std::int64_t token,
+                        std::int64_t count, const IndexDesk& desk, float* scores) {
+    constexpr std::int64_t per_step = 16 * kPairRows;  // dwords of 32 columns
+    alignas(64) float found[16][kPairRows], weights[16];
+    const std::int64_t steps = at.depth / 32;
+    const std::uint16_t* q = reinterpret_cast<const std::uint16_t*>(desk.queries);
+    tile_begin();
+    for (std::int64_t t = 0; t < count; t++) {
+        F low = set(0), high = low;
+        for (std::int64_t h = 0; h < c.heads; h += 16, q += 16 * at.depth) {
+            tile_zero<0>();
+            tile_zero<1>();
+            for (std::int64_t k = 0; k < steps; k++) {
+                tile_load_rows<0>(q + 32 * k, at.depth * 2);
+                tile_load_tokens<0>(panel + k * per_step, kPairRows * 4);
+                tile_dot<0, 0, 0>();
+                tile_load_tokens<1>(panel + k * per_step + 16, kPairRows * 4);
+                tile_dot<1, 0, 1>();
+            }
+            read_row(columns(c.w, h), token + t, 16, weights);
+            tile_store<0>(found[0], kPairRows * 4);
+            tile_store<1>(found[0] + 16, kPairRows * 4);
+            for (int j = 0; j < 16; j++) {
+                low = fma(max(load(found[j]), set(0)), set(weights[j]), low);
+                high = fma(max(load(found[j] + 16), set(0)), set(weights[j]), high);
+            }
+        }
+        store(scores + t * at.most + first, low);
+        store(scores + t * at.most + first + 16, high);
+    }
+    tile_end();
+}
+#endif
+
 // scores of one tile of entries [first, first + n) for packed tokens; a row of scores belongs to each of them
 static void score_tile(const IndexCall& c, const IndexLayout& at, std::int64_t b, std::int64_t first, std::int64_t n, std::int64_t token,
                        std::int64_t count, const IndexDesk& desk, float* scores) {
@@ -155,6 +191,7 @@ static void score_tile(const IndexCall& c, const IndexLayout& at, std::int64_t b
                 for (int k = 0; k < 16; k++) _mm512_storeu_si512(panel + (d / 2 + k) * kPairRows + 16 * half, r[k]);
             }
 #if defined(V4_AMX)
+        if (c.heads % 16 == 0 && !c.bf16_scores) return score_heads(c, at, panel, first, token, count, desk, scores);
         amx_tiles(panel, at.depth / kBlock, reinterpret_cast<const Packed*>(desk.queries), at.depth, rows, n, add);
 #else
         pair_tiles(panel, at.depth / kBlock, 1, reinterpret_cast<const Packed*>(desk.queries), at.depth, rows, 0, n, add);
