@@ -24,7 +24,7 @@ from .arguments import (
     step,
     structure,
 )
-from .library import Library
+from .kernels import Library
 
 # sizes of buffers in `native/attention.h`
 _MOST_DIM, _MOST_HEADS = 4096, 1024

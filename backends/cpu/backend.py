@@ -15,7 +15,7 @@ from v4sdk.config import ModelConfig
 from v4sdk.weights import ExpertWeights, Weight
 
 from .identity import identity
-from .library import EMPTY_LEVEL, THREADS_VARIABLE, Library, library
+from .kernels import EMPTY_LEVEL, THREADS_VARIABLE, Library, library
 from .record import RecordedStep
 from .residency import CAN_PAGE, Residency, doctor_row
 from .settling import settling, weights_row

@@ -31,7 +31,7 @@ from .arguments import (
     step,
     structure,
 )
-from .library import Library
+from .kernels import Library
 from .projection import q8
 
 # positions that `native/compressor.h` pools into one entry

@@ -9,7 +9,7 @@ from v4sdk.numerics import Numerics
 from v4sdk.ops.precision import activation_dtype
 
 from .arguments import Rows, address, deliver, int64, pointer, result, rows, structure
-from .library import Library
+from .kernels import Library
 
 EmbedCall = structure(
     "EmbedCall", ("token_ids", pointer), ("weight y", Rows), ("tokens streams width", int64)

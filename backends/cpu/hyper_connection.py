@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .arguments import Rows, address, deliver, float32, int32, int64, pointer, result, rows, structure
-from .library import Library
+from .kernels import Library
 
 HyperCall = structure(
     "HyperCall",

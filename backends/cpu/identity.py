@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .library import Library
+from .kernels import Library
 from .norm import Norm
 
 _CPUINFO = Path("/proc/cpuinfo")

@@ -23,7 +23,7 @@ from .arguments import (
     step,
     structure,
 )
-from .library import Library
+from .kernels import Library
 
 IndexCall = structure(
     "IndexCall",

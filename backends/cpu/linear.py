@@ -9,7 +9,7 @@ from v4sdk.numerics import Numerics
 from v4sdk.weights import Weight
 
 from .arguments import Matrix, Rows, deliver, int32, int64, matrix, result, rows, structure
-from .library import Library
+from .kernels import Library
 
 LinearCall = structure(
     "LinearCall", ("weight", Matrix), ("x y", Rows), ("tokens", int64), ("q8_input unused", int32)

@@ -27,7 +27,7 @@ from .arguments import (
     rows,
     structure,
 )
-from .library import Library
+from .kernels import Library
 
 RouteCall = structure(
     "RouteCall",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .arguments import Rows, deliver, float32, int32, int64, result, rows, structure
-from .library import Library
+from .kernels import Library
 
 NormCall = structure(
     "NormCall", ("x weight y", Rows), ("tokens width", int64), ("eps", float32), ("unused", int32)

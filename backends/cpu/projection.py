@@ -29,7 +29,7 @@ from .arguments import (
     step,
     structure,
 )
-from .library import Library
+from .kernels import Library
 
 QueryCall = structure(
     "QueryCall",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .library import Library
+from .kernels import Library
 
 log = logging.getLogger("v4sdk")
 

@@ -15,7 +15,7 @@ from v4sdk.numerics import Numerics
 from v4sdk.weights import ExpertWeights, Weight
 
 from .arguments import int64, pointer, structure
-from .library import Library
+from .kernels import Library
 from .residency_cache import ExpertCache, NativeCache, PlainCache
 from .residency_layout import Interval, file_maps, lay_out
 

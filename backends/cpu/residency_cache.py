@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from v4sdk.backend import PagingUsage
 
 from .arguments import int64, pointer, structure
-from .library import Library
+from .kernels import Library
 from .residency_layout import PAGE, Layout
 
 # of <sys/mman.h>

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .arguments import address, deliver, int64, pointer, result, structure
-from .library import Library
+from .kernels import Library
 
 SampleCall = structure(
     "SampleCall",

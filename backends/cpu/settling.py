@@ -19,7 +19,7 @@ from torch import Tensor
 from v4sdk.backend import DoctorRow, Settling
 from v4sdk.errors import ConfigError
 
-from .library import Library
+from .kernels import Library
 from .residency_layout import FileMap, file_maps
 
 log = logging.getLogger("v4sdk")
