@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from v4sdk import ops as o
 from v4sdk.backend import Backend, EngineConfig, bind
 from v4sdk.config import ModelConfig
 from v4sdk.kv_cache import CacheRows, KVCache
@@ -23,10 +24,11 @@ from v4sdk.model import Binder, V4Model
 from v4sdk.numerics import FAST
 from v4sdk.ops.batch import Batch
 from v4sdk.ops.inputs import Draw
-from v4sdk.ops.op import REFERENCES, Cost
+from v4sdk.ops.op import Cost, OpTable
 from v4sdk.presets import V4_FLASH, V4_PRO, shrunk
 from v4sdk.tensors import TensorSpec, expected_tensors
 from v4sdk.weights import WeightSource
+from v4sdk_bench.parity.golden import sets_agree
 from v4sdk_bench.parity.metrics import relative_l2
 from v4sdk_bench.speed.ceilings import free_bytes
 from v4sdk_bench.speed.op_counts import counted
@@ -43,8 +45,9 @@ _VOCABULARY = 256
 _ROOM = 1.5
 # the accepted distance of a layer's output to the references: as of one layer to the official forward pass
 OUTPUT_LIMIT = 3.1e-2
-# the least share of tokens that both send to the same experts
+# the least share of tokens that both send to the same experts; elsewhere, how far down the references' list a choice may be
 ALIKE_LEAST = 0.9
+_NEXT_BEST = 2
 
 Say = Callable[[str], None]
 
@@ -76,9 +79,9 @@ class Layer:
     Attributes:
         step: runs it once, always over the same tokens and context. cost: of the step, by the ops' own rules.
         experts: how many the step chooses; each has bytes of its own. weight_bytes: as stored, of those.
-        relative_l2: distance of the output to that of the references, over the tokens that both send to the same experts: two
-            experts of nearly the same score fall either way, and then the outputs are of different experts.
-        routed_alike: share of those tokens. finite: all of the output is numbers.
+        relative_l2: distance of the output to that of the references, which are sent to the experts that the backend chose: of
+            two with nearly the same score either may be chosen, and then the outputs are of different experts.
+        routed_alike: share of tokens whose experts the references choose too. finite: all of the output is numbers.
     """
 
     case: LayerCase
@@ -114,14 +117,10 @@ def layer(case: LayerCase, backend: Backend, say: Say = lambda text: None, seed:
         batch, cache = _context(KVCache(config, "native", backend.device), case, seed)
         slot = CacheRows(int(batch.slots[0]))
         fixed = cache.snapshot_fixed(slot)
-        ours_routes = _routes(ours, x, batch, cache)
-        strangers = _experts(ours_routes) - routed
+        chosen = _routes(ours, x, batch, cache)
         cache.restore_fixed(slot, fixed)
-        if strangers:
-            raise BenchError(
-                f"{backend.name} routes to experts {sorted(strangers)}, which the references do not choose",
-                hint=f"v4sdk conformance --backend {backend.name} --op route",
-            )
+        if strangers := _experts(chosen) - routed:
+            _stray(backend, sorted(strangers))
 
         def step() -> Tensor:
             with torch.inference_mode():
@@ -135,16 +134,21 @@ def layer(case: LayerCase, backend: Backend, say: Say = lambda text: None, seed:
         say(f"{case.key}: comparing with the references")
         with counted(ours, costs=True) as table:
             out = step()
-        plain = V4Model(_binder(config, tensors, backend), FAST, REFERENCES)
+        plain = V4Model(_binder(config, tensors, backend), FAST, _routing_to(chosen, backend))
         batch_too, cache_too = _context(KVCache(config, "native", backend.device), case, seed)
         expected = plain.run_blocks(plain.blocks, x, batch_too, cache_too.layers)
-        alike = (ours_routes == routes).all(dim=1)
-        apart = relative_l2(out.cpu()[alike], expected.cpu()[alike]) if bool(alike.any()) else math.inf
+        apart, alike = relative_l2(out, expected), float(sets_agree(chosen, routes).float().mean())
         stored = {t.data_ptr(): t.nbytes for t in tensors.values()}
         return Layer(
-            case, step, table.cost, len(routed), sum(stored.values()), apart, float(alike.float().mean()),
+            case,
+            step,
+            table.cost,
+            len(routed),
+            sum(stored.values()),
+            apart,
+            alike,
             bool(torch.isfinite(out).all()),
-        )  # fmt: skip
+        )
 
 
 def draw_layer(config: ModelConfig, label: str) -> dict[str, Tensor]:
@@ -212,7 +216,7 @@ def _context(cache: KVCache, case: LayerCase, seed: int) -> tuple[Batch, KVCache
 
 
 def _routes(model: V4Model, x: Tensor, batch: Batch, cache: KVCache) -> Tensor:
-    """The experts that each token chooses, ascending. The step ends there, so any bytes do for theirs; what it wrote stays."""
+    """The experts that each token chooses, [T, K]. The step ends there, so any bytes do for theirs; what it wrote stays."""
     seen: list[Tensor] = []
 
     def observe(name: str, value: Tensor) -> None:
@@ -222,11 +226,35 @@ def _routes(model: V4Model, x: Tensor, batch: Batch, cache: KVCache) -> Tensor:
 
     with contextlib.suppress(_Enough):
         model.run_blocks(model.blocks, x, batch, cache.layers, observe)
-    return seen[0].cpu().sort(dim=1).values
+    return seen[0].cpu()
 
 
 def _experts(routes: Tensor) -> frozenset[int]:
     return frozenset(torch.unique(routes).tolist())
+
+
+def _routing_to(chosen: Tensor, backend: Backend) -> OpTable:
+    """The references, sent to the experts [T, K] that a backend chose; each must be among the next best of theirs."""
+
+    def route(
+        u: Tensor, gate: Tensor, bias: Tensor, num_experts_per_tok: int, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        best = o.route(u, gate, bias, min(num_experts_per_tok + _NEXT_BEST, gate.shape[0]), scale)[0]
+        given = chosen.to(u.device)
+        far = ~(given[:, :, None] == best[:, None, :]).any(dim=2)
+        if bool(far.any()):
+            _stray(backend, sorted(set(given[far].tolist())))
+        table, rows = given.long(), torch.arange(len(given), device=u.device)
+        return o.route_hash(u, gate, table, rows, scale)
+
+    return OpTable({o.route.name: route})
+
+
+def _stray(backend: Backend, experts: list[int]) -> NoReturn:
+    raise BenchError(
+        f"{backend.name} routes to experts {experts}, which the references do not choose",
+        hint=f"v4sdk conformance --backend {backend.name} --op route",
+    )
 
 
 class _Enough(Exception):
