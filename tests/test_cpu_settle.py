@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import os
-import runpy
 import shutil
 import sys
 import threading
@@ -14,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import random_checkpoint
 import torch
 from torch import Tensor
 
 from v4sdk import Session, plugins
 from v4sdk.backend import Settling
 from v4sdk.checkpoint import Checkpoint
-from v4sdk.config_file import config_dict
 from v4sdk.errors import ConfigError, MemoryRefused
 from v4sdk.loading import collect
 from v4sdk.memory import used_memory
@@ -55,16 +53,7 @@ def large_pages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("settled")
-    sizes = made / "sizes.json"
-    sizes.write_text(json.dumps(config_dict(MODEL)))
-    before, sys.argv = sys.argv, ["make_checkpoint.py", str(made / "model"), "--config", str(sizes)]
-    try:
-        with pytest.raises(SystemExit):
-            runpy.run_path(str(ROOT / "examples" / "make_checkpoint.py"), run_name="__main__")
-    finally:
-        sys.argv = before
-    return made / "model"
+    return random_checkpoint.make(tmp_path_factory.mktemp("settled"), MODEL)
 
 
 class Opened:

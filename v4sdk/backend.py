@@ -206,8 +206,15 @@ class Backend(ABC):
         return ExpertWeights(packed=(stack(moved.w1), stack(moved.w2), stack(moved.w3)))
 
     def page_experts(self, budget_bytes: int) -> ExpertPaging:
-        """Page the routed experts of one model, at most `budget_bytes` of them in memory (optional, see `pages_experts`)."""
-        raise NotImplementedError(f"backend `{self.name}` cannot page experts")
+        """Page the routed experts of one model, at most `budget_bytes` of them in memory (optional, see `pages_experts`).
+
+        Raises:
+            V4Error: where `pages_experts` is false; such a backend is never asked while a model is loaded.
+        """
+        raise V4Error(
+            f"backend `{self.name}` cannot page experts",
+            hint="take a backend whose `pages_experts` is true, e.g. the host's",
+        )
 
     def settling(self) -> Settling | None:
         """Copy mapped weights into faster memory at load (optional; None: they stay mapped)."""

@@ -56,7 +56,8 @@ def test_op(benchmark: BenchmarkFixture, subject: OpCase, request: pytest.Fixtur
         try:
             ready = plan.ready(subject)
         except NotTimed as exc:
-            # too large for this run or this machine: the suite records the reason as a row that was not run
+            # too large for this run or machine, which the reason says; ends without --quick, or where there is more memory.
+            # The suite records it as a row that was not run
             pytest.skip(str(exc))
         _time(benchmark, plan, ready)
 
