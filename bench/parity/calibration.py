@@ -78,7 +78,7 @@ class Calibration:
         joined = [i for ids in sorted(text.prompts, key=len, reverse=True) for i in ids]
         self._ids = joined[:layer_tokens]
         self._reference = self._model(_NOTHING, FAST)
-        self._streams = reference_streams(self._reference, "native", self._ids)
+        self._streams = reference_streams(self._reference, "native", [self._ids])
 
     def measure(self, plant: Plant) -> Calibrated:
         """Plant one change and measure it."""
@@ -87,7 +87,7 @@ class Calibration:
             exact = agreement(self._base["exact"], self._logits(self._model(plant, EXACT)))
         model = self._model(plant, FAST)
         found, base, own = self._logits(model), self._base["fast"], self._text.counted
-        layers = list(compare_layers(self._reference, model, "native", self._ids, self._streams))
+        layers = list(compare_layers(self._reference, model, "native", [self._ids], self._streams))
         told = [part.relative_l2 for part in layers if not math.isnan(part.relative_l2)]
         return Calibrated(
             plant,

@@ -12,10 +12,13 @@ from v4sdk import ops as o
 from v4sdk.kv_cache import KVCache
 from v4sdk.model import V4Model
 from v4sdk.numerics import KVFormat
+from v4sdk.ops.batch import Batch
 from v4sdk_bench.parity.golden import ATTENTION_REL_LIMIT, LAYER_REL_LIMIT, sets_agree
 from v4sdk_bench.parity.metrics import FLOAT32_RELATIVE, cosine_min, relative_l2
 
 PARTS = ("attn_out", "ffn_out", "streams")
+# token ids, text by text
+Texts = Sequence[Sequence[int]]
 _NAN = float("nan")
 
 
@@ -50,11 +53,10 @@ def relative_limit(part: str, numerics: str) -> float:
 
 
 @torch.inference_mode()
-def reference_streams(model: V4Model, fmt: KVFormat, ids: Sequence[int]) -> list[Tensor]:
-    """Streams [T, M, N] in front of every layer."""
+def reference_streams(model: V4Model, fmt: KVFormat, texts: Texts) -> list[Tensor]:
+    """Streams [T, M, N] in front of every layer, T being the tokens of all texts."""
     seen: dict[str, Tensor] = {}
-    cache = KVCache(model.config, fmt, model.embedding.device)
-    batch = cache.batch([cache.allocate()], [list(ids)], [0])
+    cache, batch = _fresh(model, fmt, texts)
     first = model.ops[o.embed](batch.token_ids, model.embedding, model.config.hc_mult, model.numerics)
     model.forward(batch, cache, seen.__setitem__)
     later = [seen[f"streams_after_layer_{i}"] for i in range(model.config.num_hidden_layers - 1)]
@@ -62,35 +64,41 @@ def reference_streams(model: V4Model, fmt: KVFormat, ids: Sequence[int]) -> list
 
 
 @torch.inference_mode()
-def one_layer(model: V4Model, fmt: KVFormat, layer: int, x: Tensor, ids: Sequence[int]) -> dict[str, Tensor]:
+def one_layer(model: V4Model, fmt: KVFormat, layer: int, x: Tensor, texts: Texts) -> dict[str, Tensor]:
     """Run one layer from a fresh state on given streams; outputs and choices by their short names, in main memory."""
-    device = model.embedding.device
-    cache = KVCache(model.config, fmt, device)
-    batch = cache.batch([cache.allocate()], [list(ids)], [0])
+    cache, batch = _fresh(model, fmt, texts)
     seen: dict[str, Tensor] = {}
     span = slice(layer, layer + 1)
-    model.run_blocks(model.blocks[span], x.to(device), batch, cache.layers[span], seen.__setitem__)
+    model.run_blocks(
+        model.blocks[span], x.to(model.embedding.device), batch, cache.layers[span], seen.__setitem__
+    )
     short = {name.removesuffix(f"_{layer}"): value.cpu() for name, value in seen.items()}
     short["streams"] = short.pop("streams_after_layer")
     return short
+
+
+def _fresh(model: V4Model, fmt: KVFormat, texts: Texts) -> tuple[KVCache, Batch]:
+    cache = KVCache(model.config, fmt, model.embedding.device)
+    rows = [cache.allocate() for _ in texts]
+    return cache, cache.batch(rows, [list(ids) for ids in texts], [0] * len(texts))
 
 
 def compare_layers(
     reference: V4Model,
     other: V4Model,
     fmt: KVFormat,
-    ids: Sequence[int],
+    texts: Texts,
     inputs: Sequence[Tensor] | None = None,
 ) -> Iterator[LayerAgreement]:
     """Compare every layer of two models of one checkpoint and one numerics option.
 
     Args:
-        inputs: streams in front of every layer; the reference's own by default.
+        texts: read side by side, each by itself. inputs: streams in front of every layer; the reference's own by default.
     """
-    streams = inputs if inputs is not None else reference_streams(reference, fmt, ids)
+    streams = inputs if inputs is not None else reference_streams(reference, fmt, texts)
     for layer, x in enumerate(streams):
-        want, got = (one_layer(model, fmt, layer, x, ids) for model in (reference, other))
-        agree = torch.ones(len(ids), dtype=torch.bool)
+        want, got = (one_layer(model, fmt, layer, x, texts) for model in (reference, other))
+        agree = torch.ones(len(x), dtype=torch.bool)
         for name in ("route_ids", "index_topk"):
             if name in want:
                 agree &= sets_agree(got[name], want[name])
