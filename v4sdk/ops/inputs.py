@@ -54,6 +54,8 @@ class Geometry:
 TINY = Geometry("tiny", 256, 4, 128, 64, 128, 128, 2, 4, 4, 2, 128, 320, 4, 64, 8, 16)
 ODD = Geometry("odd", 192, 6, 96, 32, 96, 48, 3, 3, 5, 3, 96, 131, 3, 32, 5, 12)
 FLOAT = replace(TINY, name="float", dense="float", routed="float")
+# as many heads as released models have side by side where kernels take sixteen of them at a time
+WIDE = replace(TINY, name="wide", heads=32, index_heads=32)
 FLASH = Geometry("flash", 4096, 64, 512, 64, 1024, 1024, 8, 4, 256, 6, 2048, 129280, 64, 128, 512, 128)
 PRO = Geometry("pro", 7168, 128, 512, 64, 1536, 1024, 16, 4, 384, 6, 3072, 129280, 64, 128, 1024, 128)
 
@@ -144,13 +146,15 @@ Make = Callable[[Draw, Geometry, Numerics, Layout], dict[str, Any]]
 def cases(
     make: Make, numerics: tuple[Numerics, ...] = (EXACT, REFERENCE, FAST)
 ) -> Callable[[], Iterator[Case]]:
-    """Spread a maker over geometries, layouts and numerics; released shapes come last and run in fast numerics only."""
+    """Spread a maker over geometries, layouts and numerics; many heads and released shapes run in fast numerics only."""
 
     def generate() -> Iterator[Case]:
         for g in (TINY, ODD, FLOAT):
             for n in numerics if g is not FLOAT else (EXACT,):
                 for layout in SMALL_LAYOUTS:
                     yield _case(make, g, n, layout, "tiny" if g is TINY else "odd")
+        for layout in SMALL_LAYOUTS:
+            yield _case(make, WIDE, numerics[-1], layout, "odd")
         for g in (FLASH, PRO):
             for layout in LONG_LAYOUTS:
                 yield _case(make, g, numerics[-1], layout, g.name)

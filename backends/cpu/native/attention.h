@@ -10,7 +10,7 @@ constexpr std::int64_t kPromptKeys = 256;  // of a chunk of a prompt: tiles keep
 #else
 constexpr std::int64_t kPromptKeys = kChunkKeys;
 #endif
-constexpr std::int64_t kMostExpanded = 64 << 20;  // bytes
+constexpr std::int64_t kMostExpanded = 64 << 20;  // bytes of entries that are decoded ahead
 constexpr std::int64_t kSpans = 8;        // at most, per token of a decode step
 constexpr std::int64_t kMostDim = 4096, kMostHeads = 1024;
 constexpr std::int64_t kHeadGroup = 16;   // heads of one unit of a decode step
@@ -20,8 +20,8 @@ struct AttentionLayout {
     bool decode, paired;          // one token per sequence; products of BF16 pairs
     std::int64_t padded;          // D rounded up to whole vectors
     std::int64_t chunk;           // keys
-    std::int64_t expanded;        // entries that are decoded once for all tokens of a prompt, from the first on
-    std::uint16_t* entries;       // [expanded, padded]
+    std::int64_t expanded;        // entries that are decoded once for all tokens of a prompt: all of every sequence, or none
+    std::uint16_t* entries;       // [expanded, padded], sequence after sequence
     std::int64_t spans;
     // per span: sums [units, D] in the order they were computed in, largest logit and total [units]
     float *sums, *largest, *total;
@@ -39,7 +39,7 @@ struct AttentionLayout {
 #endif
         padded = (c.dim + 31) / 32 * 32;
         chunk = decode ? kChunkKeys : kPromptKeys;
-        expanded = paired && !decode ? worth_expanding(c) : 0;
+        expanded = paired && !decode ? worth_expanding(c, padded * 2) : 0;
         entries = arena.take<std::uint16_t>(expanded * padded);
         spans = decode ? kSpans : 1;
         heads_at_once = decode && c.heads > kHeadGroup ? kHeadGroup : c.heads;
@@ -58,12 +58,21 @@ struct AttentionLayout {
         own_state = arena.take<float>(threads * heads * 2);
         picked = arena.take<std::int32_t>(threads * (c.most_picks + 1));
     }
-    // of one sequence, all entries its last token may see, if tokens would decode more of them one by one
-    std::int64_t worth_expanding(const AttentionCall& c) const {
-        if (!c.entries.data || !c.ratio || c.step.sequences != 1 || !c.step.tokens) return 0;
-        const std::int64_t visible = (c.step.positions[c.step.tokens - 1] + 1) / c.ratio;
-        const std::int64_t each = c.picks && c.most_picks < visible ? c.most_picks : visible;
-        return visible <= c.step.tokens * each && visible * padded * 2 <= kMostExpanded ? visible : 0;
+    // how many entries the last token of a sequence may see
+    static std::int64_t visible(const AttentionCall& c, std::int64_t b) {
+        const std::int64_t end = c.step.cu_seqlens[b + 1];
+        return end == c.step.cu_seqlens[b] ? 0 : (c.step.positions[end - 1] + 1) / c.ratio;
+    }
+    // those of all sequences, if their tokens would decode more of them one by one
+    static std::int64_t worth_expanding(const AttentionCall& c, std::int64_t row_bytes) {
+        if (!c.entries.data || !c.ratio) return 0;
+        std::int64_t all = 0, one_by_one = 0;
+        for (std::int64_t b = 0; b < c.step.sequences; b++) {
+            const std::int64_t seen = visible(c, b), each = c.picks && c.most_picks < seen ? c.most_picks : seen;
+            all += seen;
+            one_by_one += (c.step.cu_seqlens[b + 1] - c.step.cu_seqlens[b]) * each;
+        }
+        return all <= one_by_one && all * row_bytes <= kMostExpanded ? all : 0;
     }
 };
 
@@ -93,15 +102,20 @@ static Desk desk_of(const AttentionCall& c, const AttentionLayout& at, int rank)
 struct KeyList {
     std::int64_t token, sequence, position, window, count;  // `window` of the keys are of the window
     const std::int32_t* picked;                             // entries after them, or null for 0, 1, 2, ...
+    const std::uint16_t* entries;                           // the first `expanded` of them, decoded
+    std::int64_t expanded;
 };
 
-static KeyList keys_of(const AttentionCall& c, std::int64_t t, std::int32_t* picked) {
+static KeyList keys_of(const AttentionCall& c, const AttentionLayout& at, std::int64_t t, std::int32_t* picked) {
     KeyList k;
     k.token = t;
     k.sequence = c.step.seq_ids[t];
     k.position = c.step.positions[t];
     k.window = k.position + 1 < c.window.rows ? k.position + 1 : c.window.rows;
     k.picked = nullptr;
+    k.entries = at.entries;
+    k.expanded = at.expanded ? AttentionLayout::visible(c, k.sequence) : 0;
+    for (std::int64_t b = 0; b < k.sequence && at.expanded; b++) k.entries += AttentionLayout::visible(c, b) * at.padded;
     std::int64_t entries = 0;
     if (c.entries.data && c.picks) {
         const std::int32_t* all = c.picks + t * c.most_picks;
@@ -268,6 +282,15 @@ static void score_pairs(const AttentionCall& c, std::int64_t token, std::int64_t
     }
 }
 
+V4_INLINE bool in_head_tiles(std::int64_t heads) {
+#if defined(V4_AMX)
+    return heads % 16 == 0;
+#else
+    (void)heads;
+    return false;
+#endif
+}
+
 #if defined(V4_AMX)
 // queries of sixteen heads at a time as tiles of pairs: the second operand
 static void turn_queries(const AttentionCall& c, std::int64_t token, std::int64_t h0, std::int64_t h1, const Desk& b) {
@@ -291,17 +314,15 @@ static void score_tiles(const AttentionCall& c, std::int64_t even, std::int64_t 
         // where rows do not lie at one distance from each other they are brought together
         const std::uint16_t* rows = b.pointers[i];
         std::int64_t step = b.pointers[i + 1] - rows;
-        for (int j = 1; j < 15; j++)
-            if (b.pointers[i + j + 1] - b.pointers[i + j] != step) {
-                step = padded;
-                break;
-            }
-        if (step == padded && b.pointers[i + 15] - rows != 15 * padded) {
+        bool evenly = true;
+        for (int j = 2; j < 16; j++) evenly = evenly && b.pointers[i + j] - b.pointers[i + j - 1] == step;
+        if (!evenly) {
             std::uint16_t* together = b.pair_keys + i * padded;
             for (int j = 0; j < 16; j++)
                 if (b.pointers[i + j] != together + j * padded)
                     for (std::int64_t d = 0; d < c.dim; d += 32) _mm512_store_si512(together + j * padded + d, _mm512_loadu_si512(b.pointers[i + j] + d));
             rows = together;
+            step = padded;
         }
         const std::uint16_t* q = b.turned;
         for (std::int64_t h = h0; h < h1; h += 16) {
@@ -374,14 +395,10 @@ static void weigh_tiles(std::int64_t heads, std::int64_t keys, std::int64_t chun
 
 // the same of BF16 keys; sums stand in the order that interleaving two rows gives
 static void attend_pairs(const AttentionCall& c, const KeyList& k, std::int64_t first, std::int64_t n, std::int64_t h0, std::int64_t h1,
-                         const AttentionLayout& layout, const Desk& b, bool begins) {
-    (void)begins;
+                         const AttentionLayout& layout, const Desk& b) {
     const std::int64_t padded = layout.padded, chunk = layout.chunk;
     const bool decode = layout.decode;
-    bool tiled = false;
-#if defined(V4_AMX)
-    tiled = (h1 - h0) % 16 == 0;
-#endif
+    const bool tiled = in_head_tiles(h1 - h0);
     const std::int64_t unit = tiled ? 32 : 4, even = (n + unit - 1) / unit * unit;
     for (std::int64_t i = 0; i < n; i++) {
         const std::int64_t at = first + i;
@@ -394,8 +411,8 @@ static void attend_pairs(const AttentionCall& c, const KeyList& k, std::int64_t 
             load_pairs(c.window, window_row(c, k, at, true), out, c.dim, c.rope);
         } else {
             const std::int64_t entry = k.picked ? k.picked[at - k.window] : at - k.window;
-            if (entry < layout.expanded) {
-                b.pointers[i] = layout.entries + entry * padded;
+            if (entry < k.expanded) {
+                b.pointers[i] = k.entries + entry * padded;
                 continue;
             }
             load_pairs(c.entries, entry_row(c.step, c.entries, k.sequence, entry), out, c.dim, c.rope);
@@ -406,7 +423,6 @@ static void attend_pairs(const AttentionCall& c, const KeyList& k, std::int64_t 
     const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(c.dim));
 #if defined(V4_AMX)
     if (tiled) {
-        if (begins) turn_queries(c, k.token, h0, h1, b);
         score_tiles(c, even, h0, h1, chunk, padded, b, scale);
     } else
 #endif
@@ -462,11 +478,14 @@ static void attend(const AttentionCall& c, const AttentionLayout& at, const KeyL
         b.state[2 * h] = -__builtin_inff();
         b.state[2 * h + 1] = 0;
     }
+#if defined(V4_AMX)
+    if (at.paired && in_head_tiles(h1 - h0)) turn_queries(c, k.token, h0, h1, b);
+#endif
     for (std::int64_t i = first; i < last; i += at.chunk) {
         const std::int64_t n = last - i < at.chunk ? last - i : at.chunk;
 #if defined(V4_BF16)
         if (at.paired) {
-            attend_pairs(c, k, i, n, h0, h1, at, b, i == first);
+            attend_pairs(c, k, i, n, h0, h1, at, b);
             continue;
         }
 #endif
@@ -508,15 +527,20 @@ static void sparse_attn(const void* arguments, const Team& team) {
     if (!at.decode) {
 #if defined(V4_BF16)
         if (at.expanded) {
-            const Span mine = share(at.expanded, team);
-            for (std::int64_t i = mine.begin; i < mine.end; i++)
-                load_pairs(c.entries, entry_row(c.step, c.entries, 0, i), at.entries + i * at.padded, c.dim, c.rope);
+            std::uint16_t* into = at.entries;
+            for (std::int64_t s = 0; s < c.step.sequences; s++) {
+                const std::int64_t seen = AttentionLayout::visible(c, s);
+                const Span mine = share(seen, team);
+                for (std::int64_t i = mine.begin; i < mine.end; i++)
+                    load_pairs(c.entries, entry_row(c.step, c.entries, s, i), into + i * at.padded, c.dim, c.rope);
+                into += seen * at.padded;
+            }
             team.barrier();
         }
 #endif
         // dealt one by one in turn: later tokens of a prompt see more entries
         for (std::int64_t t = team.rank; t < c.step.tokens; t += team.size) {
-            const KeyList k = keys_of(c, t, b.picked);
+            const KeyList k = keys_of(c, at, t, b.picked);
             attend(c, at, k, 0, k.count, 0, c.heads, b);
             for (std::int64_t h = 0; h < c.heads; h++)
                 join(c, at, t, h, b.sums + h * at.padded, b.state + 2 * h, b.state + 2 * h + 1, 1, 1);
@@ -528,7 +552,7 @@ static void sparse_attn(const void* arguments, const Team& team) {
     for (std::int64_t unit = mine.begin; unit < mine.end; unit++) {
         const std::int64_t t = unit / (groups * kSpans), g = unit / kSpans % groups, s = unit % kSpans;
         const std::int64_t h0 = g * kHeadGroup, h1 = h0 + kHeadGroup < c.heads ? h0 + kHeadGroup : c.heads;
-        const KeyList k = keys_of(c, t, b.picked);
+        const KeyList k = keys_of(c, at, t, b.picked);
         const std::int64_t chunks = (k.count + kChunkKeys - 1) / kChunkKeys;
         const std::int64_t first = chunks * s / kSpans * kChunkKeys, end = chunks * (s + 1) / kSpans * kChunkKeys;
         attend(c, at, k, first, end < k.count ? end : k.count, h0, h1, b);
