@@ -86,18 +86,12 @@ V4_INLINE __m128i group_scales(const std::uint8_t* scale, std::int64_t groups) {
 // their exponents as they are added to pairs of BF16
 V4_INLINE void group_exponents(__m128i scales, std::int32_t* out) {
     // each byte as two words
-    const __m512i twice = _mm512_broadcast_i32x4(scales);
-    const __m512i at = _mm512_set_epi32(
-        static_cast<int>(0x800f800f), static_cast<int>(0x800e800e), static_cast<int>(0x800d800d), static_cast<int>(0x800c800c),
-        static_cast<int>(0x800b800b), static_cast<int>(0x800a800a), static_cast<int>(0x80098009), static_cast<int>(0x80088008),
-        static_cast<int>(0x80078007), static_cast<int>(0x80068006), static_cast<int>(0x80058005), static_cast<int>(0x80048004),
-        static_cast<int>(0x80038003), static_cast<int>(0x80028002), static_cast<int>(0x80018001), static_cast<int>(0x80008000));
-    const __m512i words = _mm512_shuffle_epi8(twice, at);
+    const __m512i words = _mm512_mullo_epi32(_mm512_cvtepu8_epi32(scales), _mm512_set1_epi32(0x00010001));
     _mm512_store_si512(out, _mm512_sub_epi16(_mm512_slli_epi16(words, 7), _mm512_set1_epi16(127 << 7)));
 }
 
-constexpr std::int64_t kTileBytes = 1024;           // 16 rows of 32 BF16
-constexpr std::int64_t kRun = 4;                    // blocks of a row decoded at a time
+constexpr std::int64_t kTileBytes = 1024;  // 16 rows of 32 BF16
+constexpr std::int64_t kRun = 4;           // blocks of a row decoded at a time
 
 // 32 FP4 codes, one in the lowest bits of every word (a table repeats, so that what stands above them is nothing), in the order of tiles
 V4_INLINE __m512i fp4_shifts() { return _mm512_set_epi64(12, 12, 8, 8, 4, 4, 0, 0); }
@@ -105,10 +99,10 @@ V4_INLINE __m512i fp4_codes(const std::uint8_t* p, __m512i shifts) {
     return _mm512_srlv_epi64(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), shifts);
 }
 
-// 16 rows of a matrix, or fewer at its end, decoded in runs of kRun blocks, row by row: memory is read as a stream.
+// 16 rows of a matrix, or fewer at its end, decoded in runs of kRun blocks, row after row.
 template <Encoding E>
 struct TilePanel {
-    static constexpr bool Scaled = E == kFp8 || E == kFp4;
+    static constexpr bool scaled_by_blocks = E == kFp8 || E == kFp4;
     const Matrix& m;
     const Tables tabs = tables();
     std::int64_t first = 0, rows = 0, whole, groups;
@@ -129,7 +123,7 @@ struct TilePanel {
             return;
         }
         const std::uint8_t *p = m.data + (first + r) * m.row_bytes + begin * per_block, *scale = nullptr;
-        if constexpr (Scaled) scale = m.scale + (first + r) / m.tile_rows * m.scale_row_bytes;
+        if constexpr (scaled_by_blocks) scale = m.scale + (first + r) / m.tile_rows * m.scale_row_bytes;
         alignas(64) std::uint8_t tail[256];
         alignas(64) std::int32_t exponents[16];
         bool simple = true;
@@ -263,32 +257,4 @@ static void tile_rows(const Matrix& m, std::int64_t begin, std::int64_t end, con
         }
     }
     tile_end();
-}
-
-// Rows of BF16 in sixteens against a panel of pairs, the other way round than above: as `pair_tiles`, which takes the rows that do not fill
-// a tile.
-template <class Emit>
-static void amx_tiles(const std::uint32_t* panel, std::int64_t blocks, const Packed* x, std::int64_t stride, std::int64_t rows, std::int64_t n,
-                      Emit emit) {
-    std::int64_t t = 0;
-    alignas(64) float out[16][kPairRows];
-    tile_begin();
-    for (; t + 16 <= rows; t += 16) {
-        tile_zero<0>();
-        tile_zero<1>();
-        for (std::int64_t step = 0; step < blocks * kVectors; step++) {
-            const std::uint32_t* pairs = panel + 16 * step * kPairRows;
-            tile_load_tokens<0>(pairs, kPairRows * 4);
-            tile_load_tokens<1>(pairs + 16, kPairRows * 4);
-            tile_load_rows<0>(x + t * stride + 32 * step, stride * 2);
-            tile_dot<0, 0, 0>();
-            tile_dot<1, 0, 1>();
-        }
-        tile_store<0>(out[0], kPairRows * 4);
-        tile_store<1>(out[0] + 16, kPairRows * 4);
-        for (int i = 0; i < 16; i++) emit(t + i, 0, out[i], static_cast<int>(n));
-    }
-    tile_end();
-    pair_tiles(panel, blocks, 1, x + t * stride, stride, rows - t, 0, n,
-               [&](std::int64_t row, std::int64_t r, const float* v, int count) { emit(t + row, r, v, count); });
 }

@@ -110,7 +110,7 @@ static void compress(const void* arguments, const Team& team) {
     pack(c.x, c.step.tokens, c.wkv, false, at.terms_kv, at.packed_kv, team);
     pack(c.x, c.step.tokens, c.wgate, false, at.terms_gate, at.packed_gate, team);
     team.barrier();
-    deal_rows(team, 0, w, [&](std::int64_t r0, std::int64_t r1) {
+    deal_rows(team, 0, w, c.step.tokens, [&](std::int64_t r0, std::int64_t r1) {
         multiply(c.wkv, r0, r1, at.packed_kv, c.step.tokens, at.terms_kv, [&](std::int64_t t, std::int64_t r, const float* v, int n) {
             __builtin_memcpy(at.pair + 2 * t * w + r, v, static_cast<std::size_t>(n) * 4);
         });

@@ -124,6 +124,13 @@ static inline __attribute__((always_inline)) void decode(const std::uint8_t* p, 
     }
 }
 
+// UE8M0 bytes, one a lane, as float32: as `ue8m0`
+V4_INLINE __m512 scales_of(__m512i bytes) {
+    const __m512i f = _mm512_max_epi32(_mm512_slli_epi32(bytes, 23), _mm512_set1_epi32(0x00400000));
+    const __mmask16 none = _mm512_cmpeq_epi32_mask(bytes, _mm512_set1_epi32(255));
+    return _mm512_castsi512_ps(_mm512_mask_mov_epi32(f, none, _mm512_set1_epi32(0x7fc00000)));
+}
+
 // The factor of every lane of a block's partial sums; `scale` is the row of scales that serves the matrix row.
 template <Encoding E, ScaleKind S>
 static inline __attribute__((always_inline)) __m512 factors(const std::uint8_t* scale, std::int64_t block, int groups) {
@@ -140,9 +147,7 @@ static inline __attribute__((always_inline)) __m512 factors(const std::uint8_t* 
         const __m512i spread = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
         std::uint32_t four = 0;
         __builtin_memcpy(&four, scale + 4 * block, static_cast<std::size_t>(groups));
-        const __m128i bytes = _mm_cvtepu8_epi32(_mm_cvtsi32_si128(static_cast<int>(four)));
-        const __m128i f = _mm_max_epi32(_mm_slli_epi32(bytes, 23), _mm_set1_epi32(0x00400000));
-        return _mm512_castsi512_ps(_mm512_permutexvar_epi32(spread, _mm512_castsi128_si512(f)));
+        return _mm512_permutexvar_ps(spread, scales_of(_mm512_cvtepu8_epi32(_mm_cvtsi32_si128(static_cast<int>(four)))));
     }
 }
 
@@ -203,8 +208,7 @@ static void rows_with(const Matrix& m, std::int64_t begin, std::int64_t end, con
                 if constexpr (E == kFp4)
                     for (; b + 4 <= whole; b += 4) {
                         // sixteen scales at once; of a block the next four, each for four lanes, as in `factors`
-                        const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scale + 4 * b)));
-                        const __m512 all = _mm512_castsi512_ps(_mm512_max_epi32(_mm512_slli_epi32(bytes, 23), _mm512_set1_epi32(0x00400000)));
+                        const __m512 all = scales_of(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scale + 4 * b))));
                         __m512i spread = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
 #pragma GCC unroll 4
                         for (int k = 0; k < 4; k++) {

@@ -91,9 +91,9 @@ static void hyper(const void* arguments, const Team& team) {
     for (std::int64_t unit = first_half.begin; unit < first_half.end; unit++) {
         const std::int64_t t0 = unit / chunks * kTogether, first = unit % chunks * kChunk, w = n - first < kChunk ? n - first : kChunk;
         const std::int64_t count = c.tokens - t0 < kTogether ? c.tokens - t0 : kTogether;
-        for (std::int64_t at = 0; at < count; at++) {
-            const std::int64_t t = t0 + at;
-            float(*x)[kChunk] = several[at];
+        for (std::int64_t i = 0; i < count; i++) {
+            const std::int64_t t = t0 + i;
+            float(*x)[kChunk] = several[i];
             for (std::int64_t j = 0; j < m; j++) read_row(columns(c.x_in, j * n + first), t, w, x[j]);
             if (c.y_in.data) {  // hc_post
                 read_row(columns(c.y_in, first), t, w, y);
@@ -108,20 +108,18 @@ static void hyper(const void* arguments, const Team& team) {
         }
         if (!c.fn) continue;
         const float* rows_of[kTogether];
-        for (std::int64_t at = 0; at < kTogether; at++) rows_of[at] = several[at < count ? at : 0][0];
+        for (std::int64_t i = 0; i < kTogether; i++) rows_of[i] = several[i < count ? i : 0][0];
         float found[kTogether];
         for (int r = 0; r < rows; r++) {
             const float* fn = c.fn + r * m * n + first;
             if (count == kTogether) dot_products<kTogether>(fn, n, rows_of, kChunk, m, w, found);
             else
-                for (std::int64_t at = 0; at < count; at++) dot_products<1>(fn, n, rows_of + at, kChunk, m, w, found + at);
-            for (std::int64_t at = 0; at < count; at++) sums[((t0 + at) * chunks + unit % chunks) * (kMaxMixes + 1) + r] = found[at];
+                for (std::int64_t i = 0; i < count; i++) dot_products<1>(fn, n, rows_of + i, kChunk, m, w, found + i);
+            for (std::int64_t i = 0; i < count; i++) sums[((t0 + i) * chunks + unit % chunks) * (kMaxMixes + 1) + r] = found[i];
         }
-        for (std::int64_t at = 0; at < count; at++)
-            dot_products<1>(rows_of[at], kChunk, rows_of + at, kChunk, m, w, sums + ((t0 + at) * chunks + unit % chunks) * (kMaxMixes + 1) + rows);
+        for (std::int64_t i = 0; i < count; i++)
+            dot_products<1>(rows_of[i], kChunk, rows_of + i, kChunk, m, w, sums + ((t0 + i) * chunks + unit % chunks) * (kMaxMixes + 1) + rows);
     }
-    const Span mine = share(units, team);
-    float(*x)[kChunk] = several[0];
     if (!c.fn) return;
     team.barrier();
     const Span tokens = share(c.tokens, team);
@@ -132,6 +130,8 @@ static void hyper(const void* arguments, const Team& team) {
         __builtin_memcpy(c.comb_out + t * m * m, mixing[t].comb, static_cast<std::size_t>(m * m) * 4);
     }
     team.barrier();
+    const Span mine = share(units, team);
+    float(*x)[kChunk] = several[0];
     for (std::int64_t unit = mine.begin; unit < mine.end; unit++) {
         const std::int64_t t = unit / chunks, first = unit % chunks * kChunk, w = n - first < kChunk ? n - first : kChunk;
         for (std::int64_t j = 0; j < m; j++) read_row(columns(streams, j * n + first), t, w, x[j]);

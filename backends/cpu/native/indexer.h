@@ -63,7 +63,7 @@ static void load_index_key(const Cache& cache, std::int64_t row, float* out, std
 }
 
 #if defined(V4_BF16)
-// the same as BF16, which holds every stored value exactly; `dim` in whole groups of 32
+// the same as BF16, of native and BF16 rows exactly; room for `dim` in whole groups of 32
 static void load_index_pairs(const Cache& cache, std::int64_t row, std::uint16_t* out, std::int64_t dim) {
     const std::uint8_t *p = cache.data + row * cache.row_bytes, *scales = p + dim / 2;
     bool simple = cache.format == kCacheNative;
@@ -146,7 +146,9 @@ static void score_heads(const IndexCall& c, const IndexLayout& at, const std::ui
 // scores of one tile of entries [first, first + n) for packed tokens; a row of scores belongs to each of them
 static void score_tile(const IndexCall& c, const IndexLayout& at, std::int64_t b, std::int64_t first, std::int64_t n, std::int64_t token,
                        std::int64_t count, const IndexDesk& desk, float* scores) {
+#if defined(V4_BF16)
     std::uint16_t* pairs = reinterpret_cast<std::uint16_t*>(desk.keys);
+#endif
     for (std::int64_t i = 0; i < at.tile; i++) {
         const std::int64_t row = i < n ? entry_row(c.step, c.keys, b, first + i) : 0, filled = i < n ? c.dim : 0;
 #if defined(V4_BF16)
@@ -160,8 +162,11 @@ static void score_tile(const IndexCall& c, const IndexLayout& at, std::int64_t b
         if (i < n) load_index_key(c.keys, row, key, c.dim);
         for (std::int64_t d = filled; d < at.depth; d++) key[d] = 0;
     }
-    (void)pairs;
-    for (std::int64_t t = 0; t < count; t++)
+    bool whole = false;  // tiles do it all
+#if defined(V4_AMX)
+    whole = at.paired && c.heads % 16 == 0 && !c.bf16_scores;
+#endif
+    for (std::int64_t t = 0; t < count && !whole; t++)
         for (std::int64_t i = 0; i < at.tile; i++) scores[t * at.most + first + i] = 0;
     const auto add = [&](std::int64_t row, std::int64_t, const float* dots, int found) {
         const std::int64_t t = row / c.heads, h = row % c.heads;
@@ -191,11 +196,9 @@ static void score_tile(const IndexCall& c, const IndexLayout& at, std::int64_t b
                 for (int k = 0; k < 16; k++) _mm512_storeu_si512(panel + (d / 2 + k) * kPairRows + 16 * half, r[k]);
             }
 #if defined(V4_AMX)
-        if (c.heads % 16 == 0 && !c.bf16_scores) return score_heads(c, at, panel, first, token, count, desk, scores);
-        amx_tiles(panel, at.depth / kBlock, reinterpret_cast<const Packed*>(desk.queries), at.depth, rows, n, add);
-#else
-        pair_tiles(panel, at.depth / kBlock, 1, reinterpret_cast<const Packed*>(desk.queries), at.depth, rows, 0, n, add);
+        if (whole) return score_heads(c, at, panel, first, token, count, desk, scores);
 #endif
+        pair_tiles(panel, at.depth / kBlock, 1, reinterpret_cast<const Packed*>(desk.queries), at.depth, rows, 0, n, add);
     } else
 #endif
     {

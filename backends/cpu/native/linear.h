@@ -15,7 +15,7 @@ static void linear(const void* arguments, const Team& team) {
     const LinearLayout at(c, workspace(), team.size);
     pack(c.x, c.tokens, c.weight, c.q8_input, at.terms, at.packed, team);
     team.barrier();
-    deal_rows(team, 0, c.weight.rows, [&](std::int64_t begin, std::int64_t end) {
+    deal_rows(team, 0, c.weight.rows, c.tokens, [&](std::int64_t begin, std::int64_t end) {
         multiply(c.weight, begin, end, at.packed, c.tokens, at.terms,
                  [&](std::int64_t t, std::int64_t row, const float* values, int n) { write_row(c.y, t, row, n, values); });
     });

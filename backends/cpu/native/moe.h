@@ -109,7 +109,7 @@ static void order_choices(const ExpertsCall& c, const ExpertsLayout& at, std::in
     *at.groups = groups;
     for (std::int64_t g = 0, place = 0; g < groups; g++) {
         at.places[g] = place;
-        // two matrices of one encoding; where only one has terms, the other leaves the room empty
+        // of both products' packed rows, the more
         const std::int64_t n = at.bounds[g + 1] - at.bounds[g], a = packed_rows(c.matrices[0], n, at.terms), b = packed_rows(c.matrices[1], n, at.inner_terms);
         place += a > b ? a : b;
     }
@@ -150,10 +150,7 @@ constexpr std::int64_t kGateRows = 32;
 constexpr int kGatePhase = 0, kSumPhase = 1;
 
 static void experts_of(const ExpertsCall& c, const ExpertsLayout& at, std::int64_t first, std::int64_t last, const Team& team) {
-    if (team.rank == 0) {
-        order_choices(c, at, first, last);
-        team.deal_again();
-    }
+    if (team.rank == 0) order_choices(c, at, first, last);
     team.barrier();
     const std::int64_t groups = *at.groups, count = (last - first) * c.chosen;
     const std::int64_t blocks = blocks_of(c.width), row_bytes = packed_row_bytes(c.matrices[0], at.terms);
@@ -200,7 +197,7 @@ static void experts_of(const ExpertsCall& c, const ExpertsLayout& at, std::int64
     // a member sums the rows it takes for all tokens, expert after expert
     float* y = static_cast<float*>(c.y.data);
     const bool direct = c.y.dtype == kFloat32 && !c.routed;
-    deal_rows(team, kSumPhase, c.width, [&](std::int64_t r0, std::int64_t r1) {
+    deal_rows(team, kSumPhase, c.width, last - first, [&](std::int64_t r0, std::int64_t r1) {
         if (direct)
             for (std::int64_t t = first; t < last; t++) __builtin_memset(y + t * c.y.stride + r0, 0, static_cast<std::size_t>(r1 - r0) * 4);
         for (std::int64_t g = 0; g < groups; g++) {
@@ -226,7 +223,10 @@ static void routed_experts(const void* arguments, const Team& team) {
     const ExpertsCall& c = *static_cast<const ExpertsCall*>(arguments);
     const ExpertsLayout at(c, workspace(), team.size);
     for (std::int64_t first = 0; first < c.tokens; first += kExpertTokens) {
-        if (first) team.barrier();
+        if (first) {
+            team.barrier();
+            if (team.rank == 0) team.deal_again();
+        }
         experts_of(c, at, first, first + kExpertTokens < c.tokens ? first + kExpertTokens : c.tokens, team);
     }
 }

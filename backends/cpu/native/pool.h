@@ -5,11 +5,13 @@
 
 namespace v4 {
 
-// units [begin, end), and what a kernel sees of its team. `barrier` waits for every member; the work between two barriers may read what was written
-// before the first.
+// units [begin, end)
 struct Span {
     std::int64_t begin, end;
 };
+
+// What a kernel sees of its team. `barrier` waits for every member; the work between two barriers may read what was written
+// before the first.
 struct Team {
     int rank;
     int size;
@@ -20,7 +22,7 @@ struct Team {
     // Has all phases count from zero; one member calls it, between two barriers.
     void deal_again() const;
 };
-constexpr int kPhases = 8;
+constexpr int kPhases = 2;
 
 using Body = void (*)(const void* arguments, const Team& team);
 
@@ -35,7 +37,7 @@ void pool_run(Body body, const void* arguments);
 // A buffer of the calling thread, 64-byte aligned, kept and grown; its content lasts until the thread asks again.
 void* thread_buffer(std::size_t bytes);
 
-// rows [begin, end) of member `rank` when `count` units of `unit` rows are dealt evenly
+// units of this member when `count` of them are dealt evenly
 static inline Span share(std::int64_t count, const Team& team) {
     return {count * team.rank / team.size, count * (team.rank + 1) / team.size};
 }

@@ -37,8 +37,8 @@ V4_INLINE std::int64_t packed_bytes(const Matrix& m, std::int64_t tokens, int te
 
 // The rows of a matrix dealt among the team in whole panels: body(begin, end) for each piece this member takes.
 template <class Body>
-static void deal_rows(const Team& team, int phase, std::int64_t rows, Body body) {
-    constexpr std::int64_t panel = 16;
+static void deal_rows(const Team& team, int phase, std::int64_t rows, std::int64_t tokens, Body body) {
+    const std::int64_t panel = tokens > kFewTokens ? 32 : 16;
     for (Span piece; team.take(phase, (rows + panel - 1) / panel, 2, piece);)
         body(piece.begin * panel, piece.end * panel < rows ? piece.end * panel : rows);
 }

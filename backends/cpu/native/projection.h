@@ -52,7 +52,7 @@ static void q_project(const void* arguments, const Team& team) {
     float* row = at.rows + team.rank * at.widest;
     pack(c.x, c.tokens, c.wq_a, c.q8_a, at.terms_a, at.packed_a, team);
     team.barrier();
-    deal_rows(team, 0, rank_rows, [&](std::int64_t begin, std::int64_t end) {
+    deal_rows(team, 0, rank_rows, c.tokens, [&](std::int64_t begin, std::int64_t end) {
         multiply(c.wq_a, begin, end, at.packed_a, c.tokens, at.terms_a, [&](std::int64_t t, std::int64_t r, const float* v, int n) {
             __builtin_memcpy(at.low + t * rank_rows + r, v, static_cast<std::size_t>(n) * 4);
         });
@@ -111,7 +111,7 @@ static void kv_project_store(const void* arguments, const Team& team) {
         write_row(c.y, i, 0, dim, row);
     }
     team.barrier();
-    deal_rows(team, 0, dim, [&](std::int64_t begin, std::int64_t end) {
+    deal_rows(team, 0, dim, c.step.tokens, [&](std::int64_t begin, std::int64_t end) {
         multiply(c.wkv, begin, end, at.packed, c.step.tokens, at.terms, [&](std::int64_t t, std::int64_t r, const float* v, int n) {
             __builtin_memcpy(at.rows + t * dim + r, v, static_cast<std::size_t>(n) * 4);
         });
@@ -170,7 +170,7 @@ static void grouped_out(const void* arguments, const Team& team) {
     }
     team.barrier();
     const Rows z{at.between, c.wo_a.rows, c.short_between ? kBFloat16 : kFloat32, 0};
-    deal_rows(team, 0, c.wo_a.rows, [&](std::int64_t first, std::int64_t last) {
+    deal_rows(team, 0, c.wo_a.rows, c.tokens, [&](std::int64_t first, std::int64_t last) {
         for (std::int64_t g = first / rank; g * rank < last; g++) {
             const std::int64_t begin = first > g * rank ? first : g * rank, end = last < (g + 1) * rank ? last : (g + 1) * rank;
             multiply(c.wo_a, begin, end, at.packed_a + g * group_bytes, c.tokens, at.terms_a,
@@ -180,7 +180,7 @@ static void grouped_out(const void* arguments, const Team& team) {
     team.barrier();
     pack(z, c.tokens, c.wo_b, c.q8_b, at.terms_b, at.packed_b, team);
     team.barrier();
-    deal_rows(team, 1, c.wo_b.rows, [&](std::int64_t begin, std::int64_t end) {
+    deal_rows(team, 1, c.wo_b.rows, c.tokens, [&](std::int64_t begin, std::int64_t end) {
         multiply(c.wo_b, begin, end, at.packed_b, c.tokens, at.terms_b,
                  [&](std::int64_t t, std::int64_t r, const float* v, int n) { write_row(c.y, t, r, n, v); });
     });
