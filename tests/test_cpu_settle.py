@@ -148,6 +148,22 @@ def test_a_file_that_was_replaced_does_not_change_what_is_mapped(folder: Path, t
     opened.check()
 
 
+@pytest.mark.parametrize("change", [1, -5_000_000])
+def test_a_file_of_another_size_stays_mapped(
+    folder: Path, tmp_path: Path, change: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = shutil.copytree(folder, tmp_path / "model")
+    opened = Opened(copy)
+    everything, first = opened.mapped(), next(iter(opened.files))
+    os.truncate(first, first.stat().st_size + change)
+    with caplog.at_level(logging.INFO, logger="v4sdk"):
+        assert opened.settling.settle(opened.files, ignore) == 0
+    assert caplog.messages[0].startswith(f"weights stay mapped from `{first.name}` on: it has ")
+    assert opened.mapped() == everything
+    if change > 0:
+        opened.check()
+
+
 class Refusing:
     """The system's functions, one of which fails."""
 

@@ -67,7 +67,7 @@ class LargePages(Settling):
     ) -> None:
         size = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
         where = _map_of(begin, size)
-        with _opened(path, where) as file:
+        with _opened(path, where, nbytes) as file:
             new = _reserve(size, begin % large_page_bytes())
             # until every thread is known to have stopped, the memory must not be given to anybody else
             copies: list[Future[int]] = []
@@ -158,15 +158,24 @@ def _map_of(begin: int, size: int) -> FileMap:
 
 
 @contextmanager
-def _opened(path: Path, where: FileMap) -> Iterator[int | None]:
-    """The file that is mapped there; None if its name means another by now, or the system hides which it is."""
+def _opened(path: Path, where: FileMap, nbytes: int) -> Iterator[int | None]:
+    """The file that is mapped there; None if its name means another by now, or the system hides which it is.
+
+    Raises:
+        OSError: if it is that file by its number but not of this size: it was written to, or the number is of another disk.
+    """
     try:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         yield None
         return
     try:
-        yield file if os.fstat(file).st_ino == where.inode else None
+        now = os.fstat(file)
+        same = now.st_ino == where.inode
+        # its mapping is not read instead: pages beyond the end of a file that was cut off end the process
+        if same and now.st_size != nbytes:
+            raise OSError(f"it has {now.st_size:,} bytes by now, {nbytes:,} are mapped")
+        yield file if same else None
     finally:
         os.close(file)
 
