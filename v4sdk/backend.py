@@ -150,7 +150,7 @@ class Settling(ABC):
             report: told how many bytes are done. What it raises, like Ctrl-C, leaves every file as it was or copied.
 
         Returns:
-            Bytes copied. A file that cannot be copied stays mapped and is logged.
+            Bytes copied. The first file that cannot be copied is logged; it and those after it stay mapped.
         """
 
 

@@ -61,7 +61,9 @@ def bind_headers(config: ModelConfig, headers: FolderHeaders) -> Binding:
 
 
 class Checkpoint(Mapping[str, "Tensor"]):
-    """An open checkpoint: tensors by official name, mapped on first use, never copied.
+    """An open checkpoint: tensors by official name, mapped on first use.
+
+    Nothing is copied here. A backend may copy what is mapped into memory at load (`Backend.settling`); addresses and values stay.
 
     Args:
         folder: holds `config.json` and the shards.
