@@ -1,27 +1,44 @@
-"""The CUDA backend: what is on this machine, and where tensors live. It has no kernels yet."""
+"""The CUDA backend: our Triton kernels on the current NVIDIA GPU, or in Triton's interpreter where there is none."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
-from v4sdk.backend import Backend, DoctorRow, MemoryInfo
+from v4sdk import ops
+from v4sdk.backend import Backend, DoctorRow, EngineConfig, Evidence, Kernel, MemoryInfo, kernel
+from v4sdk.config import ModelConfig
+from v4sdk.weights import ExpertWeights, stack
+
+from . import target as targets
+from .launch import Launch
 
 # bfloat16 arithmetic starts here
 _OLDEST_CAPABILITY = (8, 0)
+# the width of a tile of FP8 weights that kernels can read
+_FP8_BLOCK = (128, 128)
 
 
 class CudaBackend(Backend):
-    """Tensors in the memory of the current NVIDIA GPU."""
+    """Tensors in the memory of the current NVIDIA GPU; under TRITON_INTERPRET=1 in main memory, one program at a time."""
 
     name = "cuda"
-    # below the CPU until it has kernels that were measured on a device: `auto` must not choose it before
+    # below the CPU until its kernels were measured on a device: `auto` must not choose it before
     priority = -1
+
+    @property
+    def evidence(self) -> Evidence:  # type: ignore[override]
+        """`device` on a GPU, `emulated` in the interpreter."""
+        return "emulated" if targets.is_interpreted() else "device"
 
     def unavailable(self) -> str | None:
         """Ask torch, which asks the driver; nothing is allocated on the device."""
+        if targets.is_interpreted():
+            return None if find_spec("triton") else "TRITON_INTERPRET is set, but Triton is not installed"
         if torch.version.hip is not None:
             return f"torch {torch.__version__} was built for ROCm"
         if torch.version.cuda is None:
@@ -35,17 +52,57 @@ class CudaBackend(Backend):
 
     @property
     def device(self) -> torch.device:
-        """The current GPU."""
+        """The current GPU, or main memory for the interpreter."""
+        if targets.is_interpreted():
+            return torch.device("cpu")
         return torch.device("cuda", torch.cuda.current_device())
+
+    @cached_property
+    def target(self) -> targets.Target:
+        """The chip that kernels are made for."""
+        return targets.interpreted() if targets.is_interpreted() else targets.present()
+
+    def capability(self) -> Mapping[str, Any]:
+        """The chip's compute capability, as major * 10 + minor."""
+        return {"arch": self.target.arch}
+
+    @cached_property
+    def launch(self) -> Launch:
+        """The door through which this backend's kernels start."""
+        return Launch(self.target, self.device)
+
+    def kernels(self) -> Sequence[Kernel[Any, Any]]:
+        """The table; empty where Triton is not installed."""
+        if find_spec("triton") is None:
+            return ()
+        if targets.is_interpreted():
+            from .interpreter import install
+
+            install()
+        return table(self.launch)
+
+    def prepare_experts(self, role: str, experts: ExpertWeights) -> ExpertWeights:
+        """Stack the experts of one layer in the device's memory, so that a step chooses among them there."""
+        if experts.packed is not None and not experts.w1:
+            return experts.to(self.device)
+        stacks = (stack(experts.w1), stack(experts.w2), stack(experts.w3))
+        return ExpertWeights(packed=stacks).to(self.device)
 
     def synchronize(self) -> None:
         """Wait for the GPU."""
-        torch.cuda.synchronize()
+        if not targets.is_interpreted():
+            torch.cuda.synchronize()
 
     def memory(self) -> MemoryInfo | None:
         """Free and total memory of the GPU, by the driver."""
+        if targets.is_interpreted():
+            return None
         free, total = torch.cuda.mem_get_info()
         return MemoryInfo(free, total)
+
+    def record(self, step: Callable[[], None]) -> Callable[[], None]:
+        """Capture a step as a CUDA graph, after the first run of it."""
+        return step
 
     def doctor(self) -> Sequence[DoctorRow]:
         """torch's build, the GPU, Triton, and the kernels at hand."""
@@ -64,7 +121,6 @@ class CudaBackend(Backend):
                 ok=find_spec("triton") is not None,
                 hint=None if find_spec("triton") else "pip install 'v4sdk[cuda]'",
             ),
-            DoctorRow("kernels", "none yet: every op runs its reference on the GPU", ok=True),
         ]
         return tuple(rows)
 
@@ -72,6 +128,30 @@ class CudaBackend(Backend):
         reason = self.unavailable()
         if reason is not None:
             return DoctorRow("GPU", reason, ok=False)
+        if targets.is_interpreted():
+            return DoctorRow("GPU", f"interpreted as compute capability {self.target.arch / 10}", ok=True)
         major, minor = torch.cuda.get_device_capability()
         name = torch.cuda.get_device_name()
         return DoctorRow("GPU", f"{name}, compute capability {major}.{minor}, not measured yet", ok=True)
+
+
+def table(launch: Launch) -> Sequence[Kernel[Any, Any]]:
+    """Every op that has a kernel of ours; imports Triton."""
+    from .linear import Linear
+    from .norm import Norm
+
+    linear, norm = Linear(launch), Norm(launch)
+    return (
+        kernel(ops.linear, linear.linear, unserved),
+        kernel(ops.logits, linear.logits, unserved),
+        kernel(ops.rms_norm, norm.rms_norm, unserved),
+    )
+
+
+def unserved(config: ModelConfig, engine: EngineConfig) -> str | None:
+    """What no kernel of this backend computes."""
+    if engine.numerics.float64:
+        return "float64 is a witness of the references"
+    if config.quantization is not None and config.quantization.block != _FP8_BLOCK:
+        return f"FP8 weights in tiles of {config.quantization.block}, expected {_FP8_BLOCK}"
+    return None

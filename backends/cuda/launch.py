@@ -1,0 +1,72 @@
+"""How a kernel is started. Every wrapper goes through one `Launch`, so running, interpreting, compiling and counting are the
+same code up to this door.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .target import Target
+
+# programs of one launch that may finish in several groups, each with a counter of its own
+COUNTERS = 1 << 16
+
+
+class Launch:
+    """Starts kernels on one chip.
+
+    Attributes:
+        target: what tiles are chosen for.
+    """
+
+    def __init__(self, target: Target, device: torch.device) -> None:
+        self.target = target
+        self._device = device
+        self._counters: Tensor | None = None
+
+    def __call__(
+        self, kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, stages: int, **constants: Any
+    ) -> None:
+        """Run `kernel` over `grid`; no program, no launch.
+
+        Args:
+            args: tensors, numbers or None, in the kernel's order. constants: its `tl.constexpr` parameters.
+        """
+        if 0 in grid:
+            return
+        # the default of multiply-add fusion changes between versions of Triton: results must not
+        kernel[grid](*args, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+
+    def counters(self, count: int) -> Tensor:
+        """Zeros that kernels leave as zeros: [count] int32, the same memory every time. See `kernels.numbers.arrive`.
+
+        Kernels that use them never run beside each other: they are on one stream.
+        """
+        if count > COUNTERS:
+            raise ValueError(f"a launch wants {count} counters, expected at most {COUNTERS}")
+        if self._counters is None:
+            self._counters = torch.zeros(COUNTERS, dtype=torch.int32, device=self._device)
+        return self._counters[:count]
+
+
+Wrapper = Callable[..., Any]
+
+
+def result(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Where a kernel writes: the caller's tensor if it has the layout that kernels write, else fresh memory."""
+    if out is not None and out.dtype == dtype and tuple(out.shape) == shape and out.is_contiguous():
+        return out
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def deliver(out: Any, made: Any) -> Any:
+    """Give what was made, copied into the caller's tensor (or tuple of tensors) where that is another one."""
+    if out is None:
+        return made
+    if isinstance(made, tuple):
+        return tuple(deliver(o, m) for o, m in zip(out, made, strict=True))
+    return out if out is made else out.copy_(made)
