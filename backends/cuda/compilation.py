@@ -152,7 +152,7 @@ class Mock:
 
 
 def _mock(tensor: Tensor) -> Mock:
-    return Mock(tensor.dtype, (1 << 20) + tensor.storage_offset() * tensor.itemsize)
+    return Mock(tensor.dtype, (1 << 20) + int(tensor.storage_offset()) * tensor.itemsize)
 
 
 class _Utils:

@@ -4,8 +4,7 @@ same code up to this door.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from .target import Target
 
 # programs of one launch that may finish in several groups, each with a counter of its own
 COUNTERS = 1 << 16
+R = TypeVar("R")
 
 
 class Launch:
@@ -53,9 +53,6 @@ class Launch:
         return self._counters[:count]
 
 
-Wrapper = Callable[..., Any]
-
-
 def result(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Where a kernel writes: the caller's tensor if it has the layout that kernels write, else fresh memory."""
     if out is not None and out.dtype == dtype and tuple(out.shape) == shape and out.is_contiguous():
@@ -63,10 +60,13 @@ def result(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, devic
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def deliver(out: Any, made: Any) -> Any:
+def deliver(out: R | None, made: R) -> R:
     """Give what was made, copied into the caller's tensor (or tuple of tensors) where that is another one."""
-    if out is None:
+    if out is None or out is made:
         return made
-    if isinstance(made, tuple):
-        return tuple(deliver(o, m) for o, m in zip(out, made, strict=True))
-    return out if out is made else out.copy_(made)
+    if isinstance(made, Tensor) and isinstance(out, Tensor):
+        out.copy_(made)
+    elif isinstance(made, tuple) and isinstance(out, tuple):
+        for o, m in zip(out, made, strict=True):
+            deliver(o, m)
+    return out

@@ -39,8 +39,8 @@ def differences() -> list[str]:
         expected = x.clamp(-limit, limit).to(dtype)
         if not _same(_run(_convert, x, torch.empty_like(expected)), expected):
             wrong.append(f"rounding to {dtype}")
-        bits = torch.int16 if dtype == torch.bfloat16 else torch.int8
-        codes = torch.arange(-(2**15), 2**15).to(bits).unique().view(dtype)
+        bits, count = (torch.int16, 1 << 16) if dtype == torch.bfloat16 else (torch.int8, 256)
+        codes = torch.arange(count).to(bits).view(dtype)
         if not _same(_run(_convert, codes, torch.empty(codes.shape)), codes.float()):
             wrong.append(f"values of {dtype}")
     a, b = x[:1024].bfloat16(), x[1024:2048].bfloat16()

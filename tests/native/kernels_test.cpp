@@ -1,5 +1,5 @@
-// The kernels' library alone, without Python: products at odd sizes before an unmapped page, the team of threads, and what it does
-// when a process forks. Built with sanitizers by run.sh.
+// The kernels' library alone, without Python: products at odd sizes before an unmapped page and with the ends of the scales, the team of
+// threads, how it deals work, and what it does when a process forks. Built with sanitizers by run.sh.
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -35,6 +35,9 @@ void check(bool ok, const std::string& what) {
     failures++;
     std::fprintf(stderr, "FAILED: %s\n", what.c_str());
 }
+
+// the larger of two differences; a NaN is the largest, and stays
+double worse(double worst, double gap) { return gap <= worst || std::isnan(worst) ? worst : gap; }
 
 struct Call {
     void *body, *arguments, *scratch;
@@ -148,7 +151,82 @@ void products(const char* level, v4::Encoding encoding, v4::ScaleKind kind, int 
                 size += std::fabs(part);
             }
             const double gap = std::fabs(static_cast<double>(out[t * rows + r]) - want) / size;
-            worst = gap <= worst ? worst : gap;  // a NaN is worst
+            worst = worse(worst, gap);
+        }
+    check(worst < 2e-6, about + ": relative error " + std::to_string(worst));
+}
+
+// One scale in the middle of a row and its last one are `byte`, the others 1. Inputs make up for it, so that every block counts alike, and
+// codes are such that no scaled value leaves the range of BF16; with `tiny` some are below its normal values, and may count as zero.
+void extremes(const char* level, v4::Encoding encoding, v4::Encoding dtype, int rows, int cols, int tokens, std::uint8_t byte, bool tiny) {
+    std::mt19937 random(static_cast<unsigned>(byte * 131 + tokens * 7 + cols));
+    const std::string about = std::string(level) + " encoding " + std::to_string(encoding) + " input " + std::to_string(dtype) + " " +
+                              std::to_string(rows) + "x" + std::to_string(cols) + " tokens " + std::to_string(tokens) + " scale byte " +
+                              std::to_string(byte) + (tiny ? ", tiny values" : "");
+    const bool fp8 = encoding == v4::kFp8;
+    const unsigned none = byte == 255;  // NaN; all is above zero, so that no infinity becomes one
+    const int tile_rows = fp8 ? 128 : 1, tile_cols = fp8 ? 128 : 32, row_bytes = fp8 ? cols : cols / 2;
+    const int scale_cols = (cols + tile_cols - 1) / tile_cols, scale_rows = (rows + tile_rows - 1) / tile_rows;
+    const int middle = scale_cols / 2, last = scale_cols - 1, touched = fp8 ? 0 : 3;  // row of scales
+    const auto extreme = [&](int k) { return k / tile_cols == middle || k / tile_cols == last; };
+    Guarded data(static_cast<std::size_t>(row_bytes * rows)), scale(static_cast<std::size_t>(scale_rows * scale_cols));
+    std::memset(scale.data(), 127, static_cast<std::size_t>(scale_rows * scale_cols));
+    for (int g : {middle, last}) scale.data()[touched * scale_cols + g] = byte;
+    // values in [2, 6] stay normal below, up to 1.5 finite above
+    static const std::uint8_t low[4] = {4, 5, 6, 7}, high[4] = {0, 1, 2, 3};
+    std::vector<double> weight(static_cast<std::size_t>(rows * cols));
+    for (int r = 0; r < rows; r++)
+        for (int k = 0; k < cols; k++) {
+            std::uint8_t* row = data.data() + r * row_bytes;
+            const auto sign = static_cast<std::uint8_t>(none ? 0 : random() % 2);
+            double v;
+            if (fp8) {
+                std::uint8_t code = static_cast<std::uint8_t>(none + random() % (127 - none));
+                if (byte == 0 && !tiny) code = static_cast<std::uint8_t>(0x40 + random() % 16);  // [2, 8)
+                if (byte == 254) code = static_cast<std::uint8_t>(random() % 0x3e);  // up to 1.5
+                row[k] = static_cast<std::uint8_t>(code | sign << 7);
+                v = fp8_value(row[k]);
+            } else {
+                int code = static_cast<int>(none + random() % (8 - none));
+                if (byte == 0 && !tiny) code = low[random() % 4];
+                if (byte == 254) code = high[random() % 4];
+                code |= sign << 3;
+                row[k / 2] = static_cast<std::uint8_t>(k % 2 ? (row[k / 2] & 15) | code << 4 : code);
+                v = fp4_value(code);
+            }
+            const int at = scale.data()[r / tile_rows * scale_cols + k / tile_cols];
+            weight[static_cast<std::size_t>(r * cols + k)] = at == 255 ? std::nan("") : std::ldexp(v, at - 127);
+        }
+    // what an input can make up for: products stay far from the ends of float32
+    const int room = byte == 255 ? 0 : 127 - byte, shift = room > 100 ? 100 : room < -100 ? -100 : room;
+    std::vector<float> in(static_cast<std::size_t>(tokens * cols)), out(static_cast<std::size_t>(tokens * rows), std::nanf(""));
+    std::vector<std::uint16_t> narrow(in.size());
+    for (int i = 0; i < tokens * cols; i++) {
+        const float u = (0.5f + static_cast<float>(random() % 1000) / 2000.0f) * (none || random() % 2 ? 1.0f : -1.0f);
+        float& x = in[static_cast<std::size_t>(i)];
+        x = std::ldexp(u, extreme(i % cols) ? shift : shift - room);
+        if (dtype == v4::kBFloat16) x = v4::bf16_float(narrow[static_cast<std::size_t>(i)] = v4::float_bf16(x));
+    }
+    v4::LinearCall call{};
+    call.weight = v4::Matrix{data.data(), scale.data(), rows, cols, row_bytes, scale_cols, tile_rows, tile_cols, encoding, v4::kUe8m0};
+    call.x = v4::Rows{dtype == v4::kBFloat16 ? static_cast<void*>(narrow.data()) : in.data(), cols, dtype, 0};
+    call.y = v4::Rows{out.data(), rows, v4::kFloat32, 0};
+    call.tokens = tokens;
+    run(level, "linear", &call, sizeof call);
+    double worst = 0;
+    for (int t = 0; t < tokens; t++)
+        for (int r = 0; r < rows; r++) {
+            double want = 0, size = 0, lost = 0;
+            for (int k = 0; k < cols; k++) {
+                const double w = weight[static_cast<std::size_t>(r * cols + k)], x = static_cast<double>(in[static_cast<std::size_t>(t * cols + k)]);
+                want += w * x;
+                size += std::fabs(w * x);
+                if (std::fabs(w) < 0x1p-126) lost += std::fabs(w * x);
+            }
+            const double found = static_cast<double>(out[static_cast<std::size_t>(t * rows + r)]);
+            const double apart = std::fabs(found - want) - lost;
+            const double gap = std::isnan(want) ? (std::isnan(found) ? 0.0 : 1.0) : (apart < 0 ? 0.0 : apart) / size;
+            worst = worse(worst, gap);
         }
     check(worst < 2e-6, about + ": relative error " + std::to_string(worst));
 }
@@ -174,7 +252,7 @@ void norms(const char* level, int threads) {
             const auto at = static_cast<std::size_t>(t * width + i);
             const double want = static_cast<double>(x[at]) * static_cast<double>(w[static_cast<std::size_t>(i)]) / std::sqrt(square / width + 1e-6);
             const double gap = std::fabs(static_cast<double>(y[at]) - want);
-            worst = gap <= worst ? worst : gap;
+            worst = worse(worst, gap);
         }
     }
     check(worst < 1e-5, std::string(level) + ": rms_norm with " + std::to_string(threads) + " threads");
@@ -214,6 +292,50 @@ void teams() {
     v4_run(&call, 1);
 }
 
+struct Deal {
+    std::int64_t count, least;
+    std::atomic<int>*taken, *bad;  // [kPhases, count]; pieces that are none
+};
+
+// every member takes what it gets of every phase, twice
+void take_all(const void* arguments, const v4::Team& team) {
+    const Deal& deal = **static_cast<Deal* const*>(arguments);
+    for (int round = 0; round < 2; round++) {
+        for (int phase = 0; phase < v4::kPhases; phase++)
+            for (v4::Span piece; team.take(phase, deal.count, deal.least, piece);) {
+                const bool last = piece.end == deal.count;
+                if (piece.begin < 0 || piece.begin >= piece.end || piece.end > deal.count) deal.bad[0]++;
+                else
+                    for (std::int64_t i = piece.begin; i < piece.end; i++) deal.taken[phase * deal.count + i]++;
+                if (piece.end - piece.begin < deal.least && !last) deal.bad[0]++;
+            }
+        team.barrier();
+        if (team.rank == 0) team.deal_again();
+        team.barrier();
+    }
+}
+
+void deals() {
+    for (int threads : {1, 2, 3, 7}) {
+        v4_threads(threads);
+        for (std::int64_t count : {0, 1, 2, 5, 64, 1000})
+            for (std::int64_t least : {1, 2, 7, 64, 2000}) {
+                std::vector<std::atomic<int>> taken(static_cast<std::size_t>(v4::kPhases * count + 1));
+                Deal deal{count, least, taken.data(), taken.data() + v4::kPhases * count}, *pointer = &deal;
+                Call call{reinterpret_cast<void*>(take_all), &pointer, nullptr};
+                const std::string about = std::to_string(count) + " units, at least " + std::to_string(least) + ", " + std::to_string(threads) + " threads";
+                for (int again = 1; again <= 3; again++) {
+                    v4_run(&call, 1);
+                    bool once = true;
+                    for (std::int64_t i = 0; i < v4::kPhases * count; i++) once = once && taken[static_cast<std::size_t>(i)] == 2 * again;
+                    check(once, "every unit is dealt once a round: " + about);
+                }
+                check(*deal.bad == 0, "pieces lie in the whole and are long enough: " + about);
+            }
+    }
+    v4_rest();
+}
+
 void forks() {
     v4_threads(2);
     norms(v4_level(0)[0] ? v4_level(0) : "scalar", 2);
@@ -235,6 +357,7 @@ void forks() {
 
 int main() {
     teams();
+    deals();
     for (int i = 0; const char* level = v4_level(i); i++) {
         if (!level[0]) continue;
         for (int threads : {1, 3}) {
@@ -248,6 +371,17 @@ int main() {
                 products(level, v4::kFp4, v4::kUe8m0, 35, 96, tokens);
                 products(level, v4::kFp4, v4::kUe8m0, 7, 288, tokens);
             }
+            for (int tokens : {1, 5, 33, 70})
+                for (v4::Encoding dtype : {v4::kFloat32, v4::kBFloat16})
+                    for (int byte : {0, 15, 16, 232, 233, 254, 255}) {
+                        const auto b = static_cast<std::uint8_t>(byte);
+                        for (bool tiny : {false, true}) {
+                            if (tiny && byte) continue;
+                            extremes(level, v4::kFp8, dtype, 130, 259, tokens, b, tiny);
+                            extremes(level, v4::kFp4, dtype, 19, 288, tokens, b, tiny);
+                            extremes(level, v4::kFp4, dtype, 35, 672, tokens, b, tiny);
+                        }
+                    }
         }
         std::printf("level %s\n", level);
     }

@@ -35,12 +35,9 @@ static void float_panel(const Matrix& m, std::int64_t first, std::int64_t n, flo
                 }
             } else {
                 float f = 1.0f;
-                if constexpr (S == kUe8m0) f = ue8m0(scale[b]) * unit<E>;
-                else if constexpr (S == kScaleFloat32) {
-                    __builtin_memcpy(&f, scale + 4 * b, 4);
-                    f *= unit<E>;
-                }
-                for (int i = 0; i < kBlock; i++) out[i * kPanelRows] = w[i] * f;
+                if constexpr (S == kUe8m0) f = ue8m0(scale[b]);
+                else if constexpr (S == kScaleFloat32) __builtin_memcpy(&f, scale + 4 * b, 4);
+                for (int i = 0; i < kBlock; i++) out[i * kPanelRows] = w[i] * unit<E> * f;
             }
         }
 }

@@ -59,7 +59,8 @@ V4_INLINE F block_sum(const float* w, const float* x, const std::uint8_t* scale,
         float f;
         if constexpr (S == kUe8m0) f = ue8m0(scale[block]);
         else __builtin_memcpy(&f, scale + 4 * block, 4);
-        return fma(a + b, set(f * unit<E>), total);
+        // not to the scale, which may be so large that this would be infinite
+        return fma((a + b) * set(unit<E>), set(f), total);
     }
 }
 

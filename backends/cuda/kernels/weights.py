@@ -77,7 +77,7 @@ def multiply(acc, x, w, factor, OPERAND: tl.constexpr):
     The sum over K leaves the tensor core after every tile; a chip that accumulates FP8 or BF16 with fewer bits inside a long
     chain would be off otherwise.
     """
-    if tl.float32 == OPERAND:
+    if OPERAND == tl.float32:
         part = tl.dot(x, w, input_precision="ieee")
     else:
         part = tl.dot(x.to(OPERAND), w)
