@@ -19,9 +19,11 @@ def e8m0_value(byte):
 @triton.jit
 def scale_value(stored):
     """Scales of a weight as float32: UE8M0 bytes or float32, by the dtype of what was loaded."""
+    # `else`, not what follows: the compiler reads on after a return under a condition it knows
     if stored.dtype == tl.uint8:
         return e8m0_value(stored)
-    return stored
+    else:
+        return stored
 
 
 @triton.jit
