@@ -15,6 +15,8 @@ from v4sdk.config import ModelConfig
 from v4sdk.weights import ExpertWeights, stack
 
 from . import target as targets
+from .graph import RecordedStep
+from .identity import identity
 from .launch import Launch
 
 # bfloat16 arithmetic starts here
@@ -102,7 +104,22 @@ class CudaBackend(Backend):
 
     def record(self, step: Callable[[], None]) -> Callable[[], None]:
         """Capture a step as a CUDA graph, after the first run of it."""
-        return step
+        return step if targets.is_interpreted() else RecordedStep(step, self._pool)
+
+    @cached_property
+    def _pool(self) -> Any:
+        # one recorded step follows another when a page is full: the next takes over the memory of the last
+        return torch.cuda.graph_pool_handle()
+
+    def close(self) -> None:
+        """Give cached memory back to the driver."""
+        if not targets.is_interpreted():
+            # does nothing where no memory was ever asked for
+            torch.cuda.empty_cache()
+
+    def identity(self) -> Mapping[str, str | float] | None:
+        """The GPU by name, UUID and driver, and the time of a small kernel by its own clock."""
+        return None if targets.is_interpreted() else identity(torch.cuda.current_device())
 
     def doctor(self) -> Sequence[DoctorRow]:
         """torch's build, the GPU, Triton, and the kernels at hand."""
