@@ -9,6 +9,7 @@ from torch import Tensor
 
 from v4sdk.backend import Backend
 from v4sdk.decode import DecodeStep, Sampler, TokenLogprob
+from v4sdk.device_errors import translated
 from v4sdk.kv_cache import KVCache
 from v4sdk.model import V4Model
 from v4sdk.sequence import SequenceState
@@ -161,7 +162,7 @@ class Engine:
     def _chunk(self, plan: list[tuple[SequenceState, int]], check: Check) -> Tensor:
         """Run one packed chunk; on any exception the sequences stand where they stood."""
         states = [s for s, _ in plan]
-        with torch.inference_mode():
+        with torch.inference_mode(), translated(self.backend):
             saved = [self.cache.snapshot_fixed(s.rows) for s in states]
             try:
                 check()
@@ -189,7 +190,7 @@ class Engine:
         self, sampler: Sampler, states: Sequence[SequenceState], logits: Tensor
     ) -> list[TokenLogprob]:
         """Draw from the logits of a finished prefill and append."""
-        with torch.inference_mode():
+        with torch.inference_mode(), translated(self.backend):
             sampler.prepare()
             tokens = sampler.read(sampler.draw(self.model, logits))
         for state, token in zip(states, tokens, strict=True):
@@ -198,13 +199,13 @@ class Engine:
 
     def decode_step(self, states: Sequence[SequenceState], sampler: Sampler) -> DecodeStep:
         """Buffers for decoding these sequences, one pending token each."""
-        with torch.inference_mode():
+        with torch.inference_mode(), translated(self.backend):
             return DecodeStep(self.model, self.cache, self.backend, states, sampler)
 
     def decode(self, step: DecodeStep, states: Sequence[SequenceState]) -> list[TokenLogprob]:
         """Run one step; an exception in the middle of it sends the sequences back to their last snapshots."""
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), translated(self.backend):
                 tokens = step.run()
         except BaseException:
             for state in states:

@@ -21,6 +21,7 @@ from v4sdk import __version__, hub, plugins
 from v4sdk.backend import Backend, Binding, EngineConfig, ExpertPaging, Settling, bind
 from v4sdk.checkpoint import Checkpoint
 from v4sdk.config import ModelConfig
+from v4sdk.device_errors import translated
 from v4sdk.errors import CheckpointError, ConfigError, SamplingError
 from v4sdk.expert_parallel import Team
 from v4sdk.expert_parallel.exchange import expert_bounds
@@ -185,9 +186,10 @@ def open_model(model: str | Path | None, options: LoadOptions, on_progress: OnPr
         if team:
             # what every rank would refuse alike has been refused here, once
             team.tell({"do": "load"})
-        network = _bind_weights(
-            checkpoint, paging or backend, backend.place, chosen, binding, on_progress, team
-        )
+        with translated(backend):
+            network = _bind_weights(
+                checkpoint, paging or backend, backend.place, chosen, binding, on_progress, team
+            )
         if settling:
             _settle(checkpoint, settling, on_progress)
         if paging:

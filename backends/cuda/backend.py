@@ -15,6 +15,7 @@ from v4sdk.config import ModelConfig
 from v4sdk.weights import ExpertWeights, stack
 
 from . import target as targets
+from .debug import checked, is_debugging
 from .graph import RecordedStep
 from .identity import identity
 from .launch import Launch
@@ -81,7 +82,8 @@ class CudaBackend(Backend):
             from .interpreter import install
 
             install()
-        return table(self.launch)
+        rows = table(self.launch)
+        return checked(rows) if is_debugging() else rows
 
     def prepare_experts(self, role: str, experts: ExpertWeights) -> ExpertWeights:
         """Stack the experts of one layer in the device's memory, so that a step chooses among them there."""
@@ -104,7 +106,7 @@ class CudaBackend(Backend):
 
     def record(self, step: Callable[[], None]) -> Callable[[], None]:
         """Capture a step as a CUDA graph, after the first run of it."""
-        return step if targets.is_interpreted() else RecordedStep(step, self._pool)
+        return step if targets.is_interpreted() or is_debugging() else RecordedStep(step, self._pool)
 
     @cached_property
     def _pool(self) -> Any:
