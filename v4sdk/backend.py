@@ -239,6 +239,14 @@ class Backend(ABC):
         """While entered, kernels that run on the host use this many of its threads (optional; torch's own are not meant)."""
         return nullcontext()
 
+    def variants(self, op: str) -> Mapping[str, Callable[..., Any]]:
+        """Other ways to compute an op here, by name, for benchmarks that compare (optional; same signature as the op)."""
+        return {}
+
+    def launches(self, step: Callable[[], object]) -> Mapping[str, int] | None:
+        """Run a step and count the device's kernels it starts, by name (optional; None: unknown)."""
+        return None
+
     def synchronize(self) -> None:  # noqa: B027 - optional by contract, a host has nothing to wait for
         """Wait for the device (optional)."""
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -40,6 +41,18 @@ def driver_version() -> str | None:
         return text.value.decode() or None
     finally:
         library.nvmlShutdown()
+
+
+def profiled(step: Callable[[], object]) -> Mapping[str, int]:
+    """Run a step and count the kernels, copies and fills that the GPU ran for it, by name."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        step()
+        torch.cuda.synchronize()
+    # the events of the host, of the same names, are there too
+    return Counter(event.name for event in seen.events() or () if event.device_type.name == "CUDA")
 
 
 def _kernel_seconds(device: int) -> float:

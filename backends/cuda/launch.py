@@ -4,6 +4,7 @@ same code up to this door.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, TypeVar
 
 import torch
@@ -20,11 +21,12 @@ class Launch:
     """Starts kernels on one chip.
 
     Attributes:
-        target: what tiles are chosen for.
+        target: what tiles are chosen for. tally: counts launches by kernel while it is there.
     """
 
     def __init__(self, target: Target, device: torch.device) -> None:
         self.target = target
+        self.tally: Counter[str] | None = None
         self._device = device
         self._counters: Tensor | None = None
 
@@ -38,6 +40,8 @@ class Launch:
         """
         if 0 in grid:
             return
+        if self.tally is not None:
+            self.tally[kernel.fn.__name__] += 1
         # the default of multiply-add fusion changes between versions of Triton: results must not
         kernel[grid](*args, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
 
