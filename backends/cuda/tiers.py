@@ -1,0 +1,134 @@
+"""Who serves an op: a vendor's library that has proven itself on this chip, our Triton kernel, or torch; decided once, and told.
+
+`V4SDK_CUDA_TIERS` overrides it per op, as in `sparse_attn=triton,hc_pre=torch`; `all` stands for every op.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+from v4sdk.backend import Kernel
+from v4sdk.errors import V4Error
+from v4sdk.ops import OPS
+
+from .launch import Launch
+from .vendor import flash_mla
+
+Tier = Literal["vendor", "triton", "torch"]
+TIERS_VARIABLE = "V4SDK_CUDA_TIERS"
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A vendor's library for one op.
+
+    Attributes:
+        op: it serves. module, distribution: to import, and to install. chips: compute capabilities it has kernels for.
+        make: gives a function that falls back to ours for calls the library does not take.
+    """
+
+    op: str
+    module: str
+    distribution: str
+    chips: frozenset[int]
+    make: Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Who serves an op here, and why nobody better does."""
+
+    op: str
+    tier: Tier
+    by: str
+    passed_over: tuple[str, ...] = ()
+
+
+PROVIDERS: tuple[Provider, ...] = (
+    Provider(
+        "sparse_attn", flash_mla.MODULE, flash_mla.DISTRIBUTION, flash_mla.CHIPS,
+        lambda ours: flash_mla.FlashMla(ours).sparse_attn,
+    ),
+)  # fmt: skip
+
+
+def wanted() -> Mapping[str, Tier]:
+    """What the environment asks for, by op.
+
+    Raises:
+        V4Error: an op or a tier of that name does not exist.
+    """
+    found: dict[str, Tier] = {}
+    for word in filter(None, os.environ.get(TIERS_VARIABLE, "").replace(" ", "").split(",")):
+        op, _, tier = word.partition("=")
+        names = {name: name for name in get_args(Tier)}
+        if (op not in OPS and op != "all") or tier not in names:
+            raise V4Error(
+                f"{TIERS_VARIABLE} has `{word}`, expected OP=TIER with a tier of {', '.join(names)}",
+                hint=f"for instance {TIERS_VARIABLE}=sparse_attn=triton; ops are listed by v4sdk doctor --backend cuda",
+            )
+        found[op] = tier  # type: ignore[assignment]
+    return {name: found.get(name, found.get("all")) for name in OPS if name in found or "all" in found}  # type: ignore[misc]
+
+
+def choose(
+    launch: Launch, rows: Sequence[Kernel[Any, Any]], providers: Sequence[Provider] = PROVIDERS
+) -> tuple[Sequence[Kernel[Any, Any]], tuple[Choice, ...]]:
+    """Decide for every op; a library is asked only where somebody could use it."""
+    asked, kept, choices = wanted(), [], []
+    ours = {row.op.name: row for row in rows}
+    for name in OPS:
+        row, tier = ours.get(name), asked.get(name)
+        if tier == "torch" or row is None:
+            why = f"{TIERS_VARIABLE} asks for it" if tier == "torch" else "no kernel of ours"
+            choices.append(Choice(name, "torch", "its parts or its reference", (why,)))
+            continue
+        chosen, by, passed = (row, None, []) if tier == "triton" else _vendor(launch, row, providers)
+        kept.append(chosen)
+        choices.append(Choice(name, "vendor" if by else "triton", by or "Triton", tuple(passed)))
+    return tuple(kept), tuple(choices)
+
+
+def _vendor(
+    launch: Launch, row: Kernel[Any, Any], providers: Sequence[Provider]
+) -> tuple[Kernel[Any, Any], str | None, list[str]]:
+    passed: list[str] = []
+    for provider in providers:
+        if provider.op != row.op.name:
+            continue
+        reason, function = _tried(launch, row, provider)
+        if function is not None:
+            version = importlib.metadata.version(provider.distribution)
+            return replace(row, function=function), f"{provider.distribution} {version}", passed
+        passed.append(f"{provider.distribution}: {reason}")
+    return row, None, passed
+
+
+def _tried(
+    launch: Launch, row: Kernel[Any, Any], provider: Provider
+) -> tuple[str, Callable[..., Any] | None]:
+    """Import a library and hold its numbers against the reference; the reason where it is not used."""
+    if launch.target.evidence != "device":
+        return "needs a GPU to prove itself", None
+    if launch.target.arch not in provider.chips:
+        return f"has no kernels for compute capability {launch.target.arch / 10}", None
+    if importlib.util.find_spec(provider.module) is None:
+        return f"not installed (pip install --no-deps {provider.distribution})", None
+    from .probe import difference
+
+    try:
+        function = provider.make(row.function)
+        found = difference(row.op, function, launch)
+    except (
+        Exception
+    ) as exc:  # a library that does not fit this torch, driver or chip fails in any way it likes
+        return (
+            f"{type(exc).__name__}: {str(exc).strip().splitlines()[0] if str(exc).strip() else 'no message'}",
+            None,
+        )
+    return ("", function) if found is None else (f"its numbers differ: {found}", None)

@@ -1,0 +1,159 @@
+"""Who serves an op: vendors only after their numbers were right, every refusal with its reason, overrides checked."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.metadata
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from v4sdk_cuda import probe, tiers
+from v4sdk_cuda.launch import Launch
+from v4sdk_cuda.target import Target, described
+from v4sdk_cuda.vendor import flash_mla
+
+from v4sdk import ops as o
+from v4sdk.backend import kernel
+from v4sdk.errors import V4Error
+from v4sdk.ops import OPS
+
+CPU = torch.device("cpu")
+
+
+def launch(arch: int = 90, evidence: Any = "device") -> Launch:
+    target: Target = described(arch, evidence)
+    return Launch(target, CPU)
+
+
+def rows() -> list[Any]:
+    """Rows whose functions are the references under the signature of a kernel."""
+
+    def of(name: str) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return OPS[name](*args, **kwargs)
+
+        run.__signature__ = OPS[name].signature  # type: ignore[attr-defined]
+        return run
+
+    return [kernel(OPS[name], of(name)) for name in ("sparse_attn", "rms_norm")]
+
+
+def forward(
+    q: Tensor, kv: Tensor, indices: Tensor, sm_scale: float, d_v: int, attn_sink: Tensor, use_legacy: bool
+) -> tuple[Tensor, None, None]:
+    """FlashMLA's published definition of its sparse forward pass, in torch."""
+    assert use_legacy
+    assert q.dtype == kv.dtype == torch.bfloat16
+    assert indices.dtype == torch.int32
+    assert indices.shape[2] % 128 == 0
+    assert int(indices.max()) < kv.shape[0]
+    seen = indices[:, 0] >= 0
+    rows = kv[indices[:, 0].clamp_min(0).long(), 0].float()
+    logits = torch.einsum("thd,tnd->thn", q.float(), rows) * sm_scale
+    logits = logits.masked_fill(~seen[:, None], float("-inf"))
+    top = logits.amax(-1, keepdim=True)
+    p = torch.exp(logits - top)
+    total = p.sum(-1, keepdim=True) + torch.exp(attn_sink[None, :, None] - top)
+    return ((p @ rows) / total).to(q.dtype)[..., :d_v], None, None
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    module = ModuleType("flash_mla")
+    module.__spec__ = importlib.machinery.ModuleSpec("flash_mla", None)
+    module.flash_mla_sparse_fwd = forward  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_mla", module)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.0.0")
+    # the probe asks for a GPU where a device is claimed; here it computes on the host
+    monkeypatch.setattr(probe, "map_tensors", lambda value, change: value)
+    return module
+
+
+def of(choices: tuple[tiers.Choice, ...], op: str) -> tiers.Choice:
+    return next(choice for choice in choices if choice.op == op)
+
+
+@pytest.mark.usefixtures("library")
+def test_a_library_whose_numbers_are_right_serves_its_op() -> None:
+    kept, choices = tiers.choose(launch(), rows())
+    assert of(choices, "sparse_attn") == tiers.Choice("sparse_attn", "vendor", "sgl-flash-mla 1.0.0")
+    assert of(choices, "rms_norm").tier == "triton"
+    assert of(choices, "linear").tier == "torch"
+    assert len(kept) == 2
+
+
+def test_a_library_whose_numbers_are_wrong_does_not(library: ModuleType) -> None:
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        out, *rest = forward(*args, **kwargs)
+        return out * 1.05, *rest
+
+    library.flash_mla_sparse_fwd = wrong  # type: ignore[attr-defined]
+    choice = of(tiers.choose(launch(), rows())[1], "sparse_attn")
+    assert choice.tier == "triton"
+    assert "its numbers differ" in choice.passed_over[0]
+
+
+def test_a_library_that_fails_is_passed_over_in_words(library: ModuleType) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no kernel image is available for execution on the device\nmore lines")
+
+    library.flash_mla_sparse_fwd = broken  # type: ignore[attr-defined]
+    choice = of(tiers.choose(launch(), rows())[1], "sparse_attn")
+    assert choice.passed_over == (
+        "sgl-flash-mla: RuntimeError: no kernel image is available for execution on the device",
+    )
+
+
+@pytest.mark.parametrize(
+    ("where", "reason"),
+    [
+        (launch(), "not installed"),
+        (launch(120), "has no kernels for compute capability 12.0"),
+        (launch(90, "emulated"), "needs a GPU"),
+    ],
+)
+def test_a_library_that_cannot_be_used_says_why(where: Launch, reason: str) -> None:
+    choice = of(tiers.choose(where, rows())[1], "sparse_attn")
+    assert choice.tier == "triton"
+    assert reason in choice.passed_over[0]
+
+
+def test_the_environment_decides_per_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(tiers.TIERS_VARIABLE, "rms_norm=torch, sparse_attn=triton")
+    kept, choices = tiers.choose(launch(), rows())
+    assert [row.op.name for row in kept] == ["sparse_attn"]
+    assert of(choices, "rms_norm").passed_over == ("V4SDK_CUDA_TIERS asks for it",)
+    assert of(choices, "sparse_attn").passed_over == ()
+    monkeypatch.setenv(tiers.TIERS_VARIABLE, "all=torch")
+    assert tiers.choose(launch(), rows())[0] == ()
+
+
+@pytest.mark.parametrize("words", ["rms_norm", "rms_norm=fast", "nothing=torch"])
+def test_an_override_that_means_nothing_is_refused(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+    monkeypatch.setenv(tiers.TIERS_VARIABLE, words)
+    with pytest.raises(V4Error, match="expected OP=TIER"):
+        tiers.wanted()
+
+
+@pytest.mark.usefixtures("library")
+def test_the_adapter_takes_what_the_library_has_kernels_for_and_no_more() -> None:
+    asked = []
+
+    def ours(*args: Any, **kwargs: Any) -> Tensor:
+        asked.append(args[0].shape)
+        return o.sparse_attn(*args, **kwargs)
+
+    adapter = flash_mla.FlashMla(ours).sparse_attn
+    inputs = OPS["sparse_attn"].inputs
+    assert inputs is not None
+    for case in inputs():
+        if case.scale == "tiny" and case.label.endswith(("chunk-fast", "decode-fast")):
+            args = case.make(CPU)
+            assert torch.equal(adapter(**args), o.sparse_attn(**args))
+    # heads of 128 columns are none of the library's
+    assert len(asked) == 6
