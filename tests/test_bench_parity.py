@@ -30,7 +30,7 @@ from v4sdk_bench.record import SPEED_ENDINGS, Record
 from v4sdk_bench.speed.op_cases import chosen
 from v4sdk_bench.stage import Bench, BenchError
 from v4sdk_bench.suites import ops as ops_suite
-from v4sdk_bench.suites import parity
+from v4sdk_bench.suites import parity, parity_model
 from v4sdk_bench.suites.parity_rows import judged_row
 
 NANO = ModelConfig.from_folder(bundled_folder())
@@ -238,6 +238,14 @@ def test_scores_equal_the_session_s_logits(chat_folder: Path) -> None:
         found = ag.score(session.loaded, text, chunk=1024)
         assert torch.equal(found.logits, torch.cat([session.logits(ids), session.logits(ids[:9])]))
         assert {name: len(lists) for name, lists in found.choices.items()}["route_ids_0"] == 57
+
+
+def test_layers_are_compared_over_1728_tokens() -> None:
+    """Six texts, none of which is cut short: the limit on equal sets was chosen for so many tokens."""
+    with Session.load() as session:
+        texts = parity_model._layer_texts(session, 0)
+    assert [len(text) for text in texts] == [288] * 6
+    assert sum(map(len, texts)) == 1728
 
 
 # planted wrong kernels, one or two of each family of ops
