@@ -181,20 +181,15 @@ def table_angles(table, rows, valid, D, R, DB: tl.constexpr):
 
 
 @triton.jit
-def hadamard_rows(value, E, EB: tl.constexpr, OPERAND: tl.constexpr):
+def hadamard_rows(value, E, EB: tl.constexpr):
     """Rows [n, EB] times the Sylvester matrix of size E = EB, scaled by E**-0.5, in float32.
 
-    The entries are +1 and -1: with BF16 rows the products are exact whatever the operand's dtype.
+    One bit of the column per round: the lowest joins its partner and becomes the highest, so that after all rounds the bits
+    are back in place. A matrix product would hold EB x EB signs in registers.
     """
-    i = tl.arange(0, EB)
-    both = i[:, None] & i[None, :]
-    both = both ^ (both >> 8)
-    both = both ^ (both >> 4)
-    both = both ^ (both >> 2)
-    both = both ^ (both >> 1)
-    signs = (1 - 2 * (both & 1)).to(tl.float32)
-    if OPERAND == tl.float32:
-        turned = tl.dot(value, signs, input_precision="ieee")
-    else:
-        turned = tl.dot(value.to(OPERAND), signs.to(OPERAND))
-    return turned * tl.rsqrt(tl.cast(E, tl.float32))
+    n: tl.constexpr = value.shape[0]
+    rounds: tl.constexpr = EB.bit_length() - 1
+    for _ in tl.static_range(rounds):
+        even, odd = tl.split(tl.reshape(value, (n, EB // 2, 2)))
+        value = tl.reshape(tl.permute(tl.join(even + odd, even - odd), (0, 2, 1)), (n, EB))
+    return value * tl.rsqrt(tl.cast(E, tl.float32))
