@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from importlib.util import find_spec
@@ -16,9 +18,13 @@ from v4sdk.weights import ExpertWeights, stack
 
 from . import target as targets
 from .debug import checked, is_debugging
+from .doctor import INSTALL_TRITON, chip_row, machine_rows, tier_rows, triton_problem, without_gpu
 from .graph import RecordedStep
-from .identity import identity
+from .identity import identity, profiled
 from .launch import Launch
+from .tiers import Choice, choose
+
+log = logging.getLogger("v4sdk")
 
 # bfloat16 arithmetic starts here
 _OLDEST_CAPABILITY = (8, 0)
@@ -32,6 +38,10 @@ class CudaBackend(Backend):
     name = "cuda"
     # below the CPU until its kernels were measured on a device: `auto` must not choose it before
     priority = -1
+
+    def __init__(self) -> None:
+        # who serves which op, once the table was asked for
+        self.choices: tuple[Choice, ...] = ()
 
     @property
     def evidence(self) -> Evidence:  # type: ignore[override]
@@ -47,7 +57,7 @@ class CudaBackend(Backend):
         if torch.version.cuda is None:
             return f"torch {torch.__version__} was built without CUDA"
         if not torch.cuda.is_available():
-            return "torch finds no usable NVIDIA driver or GPU"
+            return without_gpu()
         capability = torch.cuda.get_device_capability()
         if capability < _OLDEST_CAPABILITY:
             return f"the GPU has compute capability {capability[0]}.{capability[1]}, expected 8.0 or newer"
@@ -75,14 +85,15 @@ class CudaBackend(Backend):
         return Launch(self.target, self.device)
 
     def kernels(self) -> Sequence[Kernel[Any, Any]]:
-        """The table; empty where Triton is not installed."""
-        if find_spec("triton") is None:
+        """The table; empty where Triton is not installed or too old: then every op runs its parts or its reference."""
+        if triton_problem() is not None:
+            log.warning("%s: every op runs its reference; %s", triton_problem(), INSTALL_TRITON)
             return ()
         if targets.is_interpreted():
             from .interpreter import install
 
             install()
-        rows = table(self.launch)
+        rows, self.choices = choose(self.launch, table(self.launch))
         return checked(rows) if is_debugging() else rows
 
     def prepare_experts(self, role: str, experts: ExpertWeights) -> ExpertWeights:
@@ -113,6 +124,17 @@ class CudaBackend(Backend):
         # one recorded step follows another when a page is full: the next takes over the memory of the last
         return torch.cuda.graph_pool_handle()
 
+    def launches(self, step: Callable[[], object]) -> Mapping[str, int]:
+        """Kernels by name: on a GPU as its profiler saw them, in the interpreter our own only."""
+        if not targets.is_interpreted():
+            return profiled(step)
+        self.launch.tally = Counter()
+        try:
+            step()
+            return self.launch.tally
+        finally:
+            self.launch.tally = None
+
     def close(self) -> None:
         """Give cached memory back to the driver."""
         if not targets.is_interpreted():
@@ -124,46 +146,57 @@ class CudaBackend(Backend):
         return None if targets.is_interpreted() else identity(torch.cuda.current_device())
 
     def doctor(self) -> Sequence[DoctorRow]:
-        """torch's build, the GPU, Triton, and the kernels at hand."""
-        built = torch.version.cuda
-        rows = [
-            DoctorRow(
-                "torch",
-                f"{torch.__version__}, " + (f"CUDA {built}" if built else "without CUDA"),
-                ok=built is not None,
-                hint=None if built else "install a CUDA build: pytorch.org/get-started selects one",
-            ),
-            self._gpu_row(),
-            DoctorRow(
-                "triton",
-                "installed" if find_spec("triton") else "not installed",
-                ok=find_spec("triton") is not None,
-                hint=None if find_spec("triton") else "pip install 'v4sdk[cuda]'",
-            ),
-        ]
-        return tuple(rows)
-
-    def _gpu_row(self) -> DoctorRow:
+        """torch's build, the driver, the GPU, Triton, and who serves each op."""
         reason = self.unavailable()
-        if reason is not None:
-            return DoctorRow("GPU", reason, ok=False)
-        if targets.is_interpreted():
-            return DoctorRow("GPU", f"interpreted as compute capability {self.target.arch / 10}", ok=True)
-        major, minor = torch.cuda.get_device_capability()
-        name = torch.cuda.get_device_name()
-        return DoctorRow("GPU", f"{name}, compute capability {major}.{minor}, not measured yet", ok=True)
+        return (*machine_rows(reason), *(() if reason else self._kernel_rows()))
+
+    def _kernel_rows(self) -> Sequence[DoctorRow]:
+        if triton_problem() is not None:
+            return ()
+        self.kernels()
+        return (chip_row(self.target), *tier_rows(self.choices, self.target))
 
 
 def table(launch: Launch) -> Sequence[Kernel[Any, Any]]:
     """Every op that has a kernel of ours; imports Triton."""
+    from .attention import Attention
+    from .compressor import Compressor
+    from .embedding import Embedding
+    from .hyper_connection import HyperConnection
+    from .indexer import Indexer
     from .linear import Linear
+    from .moe import MoE
     from .norm import Norm
+    from .projection import Projection
+    from .sample import Sample
 
-    linear, norm = Linear(launch), Norm(launch)
+    linear, norm, moe = Linear(launch), Norm(launch), MoE(launch)
+    compressor = Compressor(launch)
+    embedding, hyper = Embedding(launch), HyperConnection(launch)
+    projection, sample = Projection(launch), Sample(launch)
     return (
         kernel(ops.linear, linear.linear, unserved),
         kernel(ops.logits, linear.logits, unserved),
         kernel(ops.rms_norm, norm.rms_norm, unserved),
+        kernel(ops.route, moe.route, unserved),
+        kernel(ops.route_hash, moe.route_hash, unserved),
+        kernel(ops.routed_experts, moe.routed_experts, unserved),
+        kernel(ops.shared_expert, moe.shared_expert, unserved),
+        kernel(ops.compress, compressor.compress, unserved),
+        kernel(ops.index_query, compressor.index_query, unserved),
+        kernel(ops.sparse_attn, Attention(launch).sparse_attn, unserved),
+        kernel(ops.embed, embedding.embed, unserved),
+        kernel(ops.rope_table, embedding.rope_table, unserved),
+        kernel(ops.hc_pre, hyper.hc_pre, unserved),
+        kernel(ops.hc_post, hyper.hc_post, unserved),
+        kernel(ops.hc_post_pre, hyper.hc_post_pre, unserved),
+        kernel(ops.hc_head, hyper.hc_head, unserved),
+        kernel(ops.q_project, projection.q_project, unserved),
+        kernel(ops.kv_project_store, projection.kv_project_store, unserved),
+        kernel(ops.grouped_out, projection.grouped_out, unserved),
+        kernel(ops.index_topk, Indexer(launch).index_topk, unserved),
+        kernel(ops.sample, sample.sample, unserved),
+        kernel(ops.feed, sample.feed, unserved),
     )
 
 
