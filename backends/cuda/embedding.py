@@ -12,8 +12,9 @@ from .kernels.embedding import embed_kernel, rope_table_kernel
 from .launch import Launch, deliver, result
 from .operands import power_of_two
 
-# columns of one program of `embed`, and rows of one program of `rope_table`
+# columns and values of one program of `embed`, and rows of one program of `rope_table`
 _COLUMNS = 1024
+_VALUES = 4096
 _ROWS = 16
 
 
@@ -30,9 +31,10 @@ class Embedding:
         t, n = token_ids.shape[0], weight.shape[1]
         y = result(out, (t, hc_mult, n), activation_dtype(numerics), weight.device)
         block = min(_COLUMNS, power_of_two(n))
+        tokens = _VALUES // block
         self._launch(
-            embed_kernel, (t, -(-n // block)), token_ids.contiguous(), weight, weight.stride(0), y, n, M=hc_mult, BLOCK=block,
-            warps=4, stages=1,
+            embed_kernel, (-(-t // tokens), -(-n // block)), token_ids.contiguous(), weight, weight.stride(0), y, t, n,
+            M=hc_mult, BT=tokens, BLOCK=block, warps=4, stages=1,
         )  # fmt: skip
         return deliver(out, y)
 

@@ -5,15 +5,16 @@ import triton.language as tl
 
 
 @triton.jit
-def embed_kernel(ids, weight, weight_stride, y, N, M: tl.constexpr, BLOCK: tl.constexpr):
-    """y [T, M, N] = row ids[t] of weight [V, N], M times; program (t, b) copies columns b * BLOCK .. (b + 1) * BLOCK."""
-    t = tl.program_id(0).to(tl.int64)
+def embed_kernel(ids, weight, weight_stride, y, T, N, M: tl.constexpr, BT: tl.constexpr, BLOCK: tl.constexpr):
+    """y [T, M, N] = row ids[t] of weight [V, N], M times; program (t, b) copies columns b * BLOCK .. of BT tokens."""
+    rows = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    token = tl.load(ids + t).to(tl.int64)
-    row = tl.load(weight + token * weight_stride + n, mask=n < N, other=0.0)
+    token = tl.load(ids + rows, mask=rows < T, other=0).to(tl.int64)
+    inside = (rows < T)[:, None] & (n < N)[None, :]
+    row = tl.load(weight + token[:, None] * weight_stride + n[None, :], mask=inside, other=0.0)
     row = row.to(tl.float32).to(y.dtype.element_ty)
     for m in tl.static_range(M):
-        tl.store(y + (t * M + m) * N + n, row, mask=n < N)
+        tl.store(y + (rows * M + m)[:, None] * N + n[None, :], row, mask=inside)
 
 
 @triton.jit
