@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,7 +125,7 @@ class Projection:
 
     def q_project(
         self, x: Tensor, wq_a: Weight, q_norm: Tensor, wq_b: Weight, rope_table: Tensor, num_heads: int, eps: float,
-        numerics: Numerics, out: Any = None,
+        numerics: Numerics, out: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """See `v4sdk.ops.q_project`."""
         t, act = x.shape[0], activation_dtype(numerics)
@@ -147,18 +146,10 @@ class Projection:
         return deliver(out, (q, qr))
 
     def _query_latent(
-        self,
-        x: Tensor,
-        weight: Weight,
-        gain: Tensor,
-        qr: Tensor,
-        rounded: Tensor,
-        eps: float,
-        numerics: Numerics,
-    ) -> None:
+        self, x: Tensor, weight: Weight, gain: Tensor, qr: Tensor, rounded: Tensor, eps: float, numerics: Numerics
+    ) -> None:  # fmt: skip
         t, width, depth = x.shape[0], weight.out_features, x.shape[1]
-        x = x if x.stride(-1) == 1 else x.contiguous()
-        q8 = rounds_input(weight, numerics)
+        x, q8 = (x if x.stride(-1) == 1 else x.contiguous()), rounds_input(weight, numerics)
         chosen = _tile(QUERY_LATENT, self._launch.target, t, x, weight, q8)
         plan = _Latent.of(chosen, depth, width, _QUERY_ELEMENTS[shape_of(t)])
         grid = plan.grid(t, width)
@@ -166,9 +157,9 @@ class Projection:
         self._launch(
             query_latent_kernel, grid, x, x.stride(0), data_of(weight, self._launch.target), scale_of(weight), gain, qr,
             rounded, parts, self._launch.counters(grid[0]), t, width, depth, plan.span, eps, SPLIT=plan.splits, BM=chosen.m,
-            BN=chosen.n, BK=chosen.k, ROWS=plan.rows, NB=plan.block, ENCODING=weight.encoding,
-            Q8=q8, OPERAND=operand_type(x, weight), BETWEEN=numerics.bf16_between,
-            Q8_NEXT=rounded is not qr, warps=chosen.warps, stages=chosen.stages,
+            BN=chosen.n, BK=chosen.k, ROWS=plan.rows, NB=plan.block, ENCODING=weight.encoding, Q8=q8,
+            OPERAND=operand_type(x, weight), BETWEEN=numerics.bf16_between, Q8_NEXT=rounded is not qr, warps=chosen.warps,
+            stages=chosen.stages,
         )  # fmt: skip
 
     def _heads(
@@ -188,7 +179,8 @@ class Projection:
             heads_kernel, grid, x, data_of(weight, self._launch.target), scale_of(weight), table, q, sums,
             self._launch.counters(heads * grid[1]), t, heads * dim, x.shape[1], dim, table.shape[1], eps, per_head,
             BM=chosen.m, BN=columns, BK=chosen.k, ROWS=finished, DB=block, ENCODING=weight.encoding,
-            OPERAND=operand_type(x, weight), BETWEEN=numerics.bf16_between, NARROW=numerics.bf16_q_norm, warps=chosen.warps, stages=chosen.stages,
+            OPERAND=operand_type(x, weight), BETWEEN=numerics.bf16_between, NARROW=numerics.bf16_q_norm,
+            warps=chosen.warps, stages=chosen.stages,
         )  # fmt: skip
 
     def kv_project_store(
@@ -217,8 +209,8 @@ class Projection:
             y.narrow(0, history, t), window, window16, batch.slots, batch.positions, batch.seq_ids, batch.cu_seqlens, parts,
             self._launch.counters(grid[0]), t, dim, depth, plan.span, rope, window.shape[1], window.shape[2], eps,
             SPLIT=plan.splits, BM=chosen.m, BN=chosen.n, BK=chosen.k, ROWS=plan.rows, DB=plan.block, ENCODING=wkv.encoding,
-            Q8=q8, OPERAND=operand_type(x, wkv), BETWEEN=numerics.bf16_between,
-            Q8_KV=numerics.q8_kv, NATIVE=native, DECODE=batch.is_decode, warps=chosen.warps, stages=chosen.stages,
+            Q8=q8, OPERAND=operand_type(x, wkv), BETWEEN=numerics.bf16_between, Q8_KV=numerics.q8_kv, NATIVE=native,
+            DECODE=batch.is_decode, warps=chosen.warps, stages=chosen.stages,
         )  # fmt: skip
         return deliver(out, y)
 
