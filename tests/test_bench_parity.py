@@ -526,6 +526,18 @@ def test_compare_prints_a_table_or_json(chat_folder: Path, tmp_path: Path) -> No
     assert report["tokens"]["is_rule"] is False
 
 
+def test_compare_of_tokens_alone_applies_the_rule(chat_folder: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("[1, 2, 3]\n", encoding="utf-8")
+    args = ("--model", str(chat_folder), "--prompts", str(prompts), "--tokens", "2", "--tokens-only")
+    status, told = _compare(*args, "--a", "references:reference", "--b", "references:reference")
+    assert status == 0
+    assert "the same tokens: yes" in told
+    assert "verdict" not in told
+    _, text = _compare(*args, "--json")
+    assert json.loads(text)["tokens"]["is_rule"] is False
+
+
 def test_compare_asks_for_the_equations_of_two_backends_in_exact_numerics(
     chat_folder: Path, tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ import click
 if TYPE_CHECKING:
     from v4sdk_bench.parity.agreement import Comparison, Text
     from v4sdk_bench.parity.same_tokens import SameTokens
+    from v4sdk_bench.parity.sides import Side
 
 _MODEL = click.option("--model", metavar="PATH|ID", help="Checkpoint folder or hub id (default: v4-nano).")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
@@ -36,10 +37,16 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON obj
     "--tokens", type=click.IntRange(1), default=32, show_default=True, help="Greedy tokens per prompt."
 )
 @click.option("--seed", default=0, show_default=True, help="Of random ids.")
+@click.option(
+    "--tokens-only",
+    is_flag=True,
+    help="Only the greedy tokens and their rule: for sides as slow as an interpreter.",
+)
 @_JSON
 def compare(
-    first: str, second: str, model: str | None, prompts: Path | None, tokens: int, seed: int, as_json: bool
-) -> int:
+    first: str, second: str, model: str | None, prompts: Path | None, tokens: int, seed: int, tokens_only: bool,
+    as_json: bool,
+) -> int:  # fmt: skip
     """Compare two sides over the same tokens: logits by position, choices, greedy tokens, and a verdict in words.
 
     A side is a backend, a numerics option and a KV format, for instance auto:reference:native or auto:fast:bf16. The backend
@@ -53,6 +60,8 @@ def compare(
     from v4sdk_bench.parity.sides import Side, label
 
     sides = Side.parse(first), Side.parse(second)
+    if tokens_only:
+        return _compare_tokens(sides, model, prompts, tokens, seed, as_json)
     with sides[0].load(model) as a, sides[1].load(model) as b:
         text = ag.read_prompts(prompts, a) if prompts else ag.default_text(a, seed=seed)
         same = (a.loaded.backend.name, a.numerics, a.kv_format) == (
@@ -84,6 +93,33 @@ def compare(
     else:
         _show(names, text, found, written, equations, verdict, is_rule)
     return int(verdict == "different model" or broken)
+
+
+def _compare_tokens(
+    sides: tuple[Side, Side], model: str | None, prompts: Path | None, tokens: int, seed: int, as_json: bool
+) -> int:
+    from v4sdk_bench.parity import agreement as ag
+    from v4sdk_bench.parity.same_tokens import same_tokens
+    from v4sdk_bench.parity.sides import label
+
+    with sides[0].load(model) as a, sides[1].load(model) as b:
+        asked = ag.read_prompts(prompts, a).prompts if prompts else None
+        written, names = same_tokens(a, b, asked, tokens, seed), (label(a), label(b))
+        evidence = b.loaded.backend.evidence
+        is_rule = a.numerics.name == b.numerics.name == "reference"
+    if as_json:
+        about = {**asdict(written), "threshold": written.threshold, "is_rule": is_rule}
+        click.echo(
+            json.dumps({"a": names[0], "b": names[1], "evidence": evidence, "tokens": about}, indent=1)
+        )
+    else:
+        click.echo(
+            f"a     {names[0]}\nb     {names[1]} (evidence: {evidence})\n{_tokens_in_words(written, is_rule)}"
+        )
+        click.echo(
+            f"logits: mean KL {written.kl_mean:.1e}, largest difference {written.logit_difference:.1e}"
+        )
+    return int(is_rule and bool(written.broken))
 
 
 def _equations(backends: tuple[Any, Any], model: str | None, text: Text) -> Comparison:
