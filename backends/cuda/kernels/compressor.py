@@ -21,9 +21,13 @@ from .weights import column_scale, input_tile, multiply, weight_tile
 def sum_parts(parts, at, size, inside, SPLIT: tl.constexpr):
     """Add up parts [SPLIT, size] float32 at `at`, in order."""
     total = tl.load(parts + at, mask=inside, other=0.0)
-    # unrolled, so that all loads are on their way before the first sum
-    for part in tl.static_range(1, SPLIT):
-        total += tl.load(parts + part * size + at, mask=inside, other=0.0)
+    # small tiles: unrolled, so that all loads are on their way before the first sum
+    if at.shape[0] <= 16:
+        for part in tl.static_range(1, SPLIT):
+            total += tl.load(parts + part * size + at, mask=inside, other=0.0)
+    else:
+        for part in range(1, SPLIT):
+            total += tl.load(parts + part * size + at, mask=inside, other=0.0)
     return total
 
 
