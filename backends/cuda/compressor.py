@@ -91,7 +91,8 @@ class Compressor:
         most = min(chosen.split, max(1, 2 * target.multiprocessors // columns)) if t <= _SPLIT_TOKENS else 1
         span, split = parted(depth, chosen.k, most)
         parts = x.new_empty((split, t, 2, w), dtype=torch.float32) if split > 1 else pair
-        counters = self._launch.counters(rows * columns + 1 if split > 1 else 1)
+        # one per tile of the products, and one for the entries
+        counters = self._launch.counters(rows * columns + 1)
         self._launch(
             pair_kernel, (rows, columns, split), x, x.stride(0), data_of(wkv, target), scale_of(wkv), data_of(wgate, target),
             scale_of(wgate), ape, parts, pair, counters, depth, span, state, *shared, SPLIT=split, BM=chosen.m, BN=chosen.n,
