@@ -12,7 +12,7 @@ from .operands import power_of_two
 # entries of the vocabulary per program
 _CHUNK = 1024
 # elements of a bucket that a search reads at a time
-_BLOCK = 1024
+_BLOCK = 512
 # rows that are drawn together: each needs 8 bytes per entry of the vocabulary
 _ROWS = 64
 _FEED_BLOCK = 256
@@ -82,11 +82,11 @@ class Sample:
         )  # fmt: skip
         self._launch(
             bucket_kernel, grid, *both, filters[0], filters[3], *stats, counts, masses, kept, counters, vocab,
-            warps=4, stages=1, **sizes,
+            warps=8, stages=1, **sizes,
         )  # fmt: skip
         self._launch(
             draw_kernel, grid, *both, *filters, *stats, counts, masses, kept, keys, numbers, ids, logprobs, counters, vocab,
-            BLOCK=_BLOCK, warps=4, stages=1, **sizes,
+            BLOCK=_BLOCK, warps=8, stages=1, **sizes,
         )  # fmt: skip
         return stats
 

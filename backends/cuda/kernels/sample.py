@@ -196,21 +196,26 @@ def find(keys, ids, counts, masses, want, top, COUNT: tl.constexpr, BLOCK: tl.co
             have += tl.sum(tl.where((at < end) & (key >= middle), weight, 0), 0)
         low, high = tl.where(have >= want, middle, low), tl.where(have >= want, high, middle - 1)
     # of those that equal it, the one by lowest id that is enough
-    number_above, mass_above, first, last = none, none, tl.cast(LARGEST, tl.int32), tl.cast(0, tl.int32)
+    above, mass_above, alike = none, none, none
+    first, last = tl.cast(LARGEST, tl.int32), tl.cast(0, tl.int32)
     for i in range(start, end, BLOCK):
         at = i + tl.arange(0, BLOCK)
         key = tl.load(keys + at, mask=at < end, other=0)
         number = tl.load(ids + at, mask=at < end, other=0)
-        above, equal = (at < end) & (key > low), (at < end) & (key == low)
-        number_above += tl.sum(above.to(tl.int64), 0)
-        mass_above += tl.sum(tl.where(above, mass_of(order_value(key), top), 0), 0)
+        equal, larger = (at < end) & (key == low), (at < end) & (key > low)
+        above += tl.sum(larger.to(tl.int64), 0)
+        mass_above += tl.sum(tl.where(larger, mass_of(order_value(key), top), 0), 0)
+        alike += tl.sum(equal.to(tl.int64), 0)
         first = tl.minimum(first, tl.min(tl.where(equal, number, LARGEST), 0))
         last = tl.maximum(last, tl.max(tl.where(equal, number, 0), 0))
     mass = mass_of(order_value(low), top)
-    if COUNT:
-        nth = want - number_above
-    else:
-        nth = (want - mass_above + mass - 1) // mass
+    want -= above if COUNT else mass_above
+    # a division, without the call that one of 64 bits is
+    nth = none + 1
+    while nth < alike:
+        half_way = (nth + alike) >> 1
+        enough = (half_way if COUNT else half_way * mass) >= want
+        nth, alike = tl.where(enough, nth, half_way + 1), tl.where(enough, half_way, alike)
     while first < last:
         half = (first + last) // 2
         found = none
