@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from v4sdk_cuda.debug import DEBUG_VARIABLE, IndexOutOfRange, checked, is_debugging
 
 from v4sdk.backend import kernel
 from v4sdk.ops import OPS
+
+DEBUG_VARIABLE = importlib.import_module("v4sdk_cuda.debug").DEBUG_VARIABLE
+IndexOutOfRange = importlib.import_module("v4sdk_cuda.debug").IndexOutOfRange
+checked = importlib.import_module("v4sdk_cuda.debug").checked
+is_debugging = importlib.import_module("v4sdk_cuda.debug").is_debugging
 
 CPU = torch.device("cpu")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import logging
 from types import SimpleNamespace
@@ -9,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from v4sdk_cuda import backend as backends
-from v4sdk_cuda import doctor
-from v4sdk_cuda.backend import CudaBackend
-from v4sdk_cuda.target import Target
-from v4sdk_cuda.tiers import Choice
+
+backends = importlib.import_module("v4sdk_cuda.backend")
+doctor = importlib.import_module("v4sdk_cuda.doctor")
+CudaBackend = importlib.import_module("v4sdk_cuda.backend").CudaBackend
+Target = importlib.import_module("v4sdk_cuda.target").Target
+Choice = importlib.import_module("v4sdk_cuda.tiers").Choice
 
 
 @pytest.fixture

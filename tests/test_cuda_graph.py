@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from v4sdk_cuda.graph import RecordedStep
+
+RecordedStep = importlib.import_module("v4sdk_cuda.graph").RecordedStep
 
 
 class FakeGraph:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.machinery
 import importlib.metadata
 import sys
@@ -12,15 +13,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from v4sdk_cuda import probe, tiers
-from v4sdk_cuda.launch import Launch
-from v4sdk_cuda.target import Target, described
-from v4sdk_cuda.vendor import flash_mla
 
 from v4sdk import ops as o
 from v4sdk.backend import kernel
 from v4sdk.errors import V4Error
 from v4sdk.ops import OPS
+
+probe = importlib.import_module("v4sdk_cuda.probe")
+tiers = importlib.import_module("v4sdk_cuda.tiers")
+Launch = importlib.import_module("v4sdk_cuda.launch").Launch
+Target = importlib.import_module("v4sdk_cuda.target").Target
+described = importlib.import_module("v4sdk_cuda.target").described
+flash_mla = importlib.import_module("v4sdk_cuda.vendor.flash_mla")
 
 CPU = torch.device("cpu")
 

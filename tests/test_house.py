@@ -23,7 +23,7 @@ ROOMS = (
     ("config_file", "presets", "prompts", "tensors", "weight_formats", "weights"),
     ("headers", "ops"),
     ("backend", "checkpoint", "convert", "kv_cache"),
-    ("expert_parallel", "hookspecs", "memory", "model", "sequence", "testing"),
+    ("device_errors", "expert_parallel", "hookspecs", "memory", "model", "sequence", "testing"),
     ("decode", "info", "plugins", "state"),
     ("engine", "loading", "output"),
     ("scheduler",),
@@ -32,8 +32,18 @@ ROOMS = (
     ("cli",),
     ("__main__",),
 )
-# what a backend may know of v4sdk
-BACKEND_MAY_IMPORT = {"backend", "config", "errors", "hookspecs", "numerics", "ops", "quant", "weights"}
+# what a backend may know of v4sdk; `testing` is the public suite, by which it may try a vendor's library
+BACKEND_MAY_IMPORT = {
+    "backend",
+    "config",
+    "errors",
+    "hookspecs",
+    "numerics",
+    "ops",
+    "quant",
+    "testing",
+    "weights",
+}
 # third-party library -> rooms of v4sdk that may import it
 ONE_ROOM = {
     "click": {"cli"},
