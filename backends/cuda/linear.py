@@ -22,6 +22,11 @@ TILES: Table = {
     ("90", "prefill"): Tile(128, 128, GROUP, 8, 3),
     ("100", "prefill"): Tile(128, 128, GROUP, 8, 2),
 }
+# products in float32: no tensor cores, so smaller tiles
+WIDE: Table = {
+    ("any", "decode"): Tile(16, 32, 64, 4, 1, split=4),
+    ("any", "prefill"): Tile(64, 64, 32, 8, 1),
+}
 
 
 class Linear:
@@ -44,7 +49,8 @@ class Linear:
         t, depth, width = x.shape[0], x.shape[1], weight.out_features
         x = x if x.stride(-1) == 1 else x.contiguous()
         y = result(out, (t, width), dtype, x.device)
-        chosen = tile(TILES, self._launch.target, t)
+        operand = operand_type(x, weight)
+        chosen = tile(WIDE if operand.is_fp32() else TILES, self._launch.target, t)
         split = min(chosen.split, -(-depth // chosen.k))
         span = -(-depth // (split * chosen.k)) * chosen.k
         split = -(-depth // span)
@@ -54,6 +60,6 @@ class Linear:
         self._launch(
             linear_kernel, grid, x, x.stride(0), data_of(weight, self._launch.target), scale_of(weight), y, parts, counters,
             t, width, depth, span, SPLIT=split, BM=chosen.m, BN=chosen.n, BK=chosen.k, ENCODING=weight.encoding, Q8=q8,
-            OPERAND=operand_type(x, weight), warps=chosen.warps, stages=chosen.stages,
+            OPERAND=operand, warps=chosen.warps, stages=chosen.stages,
         )  # fmt: skip
         return deliver(out, y)
