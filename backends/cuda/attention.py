@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from v4sdk.backend import EngineConfig
+from v4sdk.config import ModelConfig
 from v4sdk.numerics import Numerics
 from v4sdk.ops.batch import Batch
 
@@ -29,6 +31,8 @@ WIDE_TILE = Tile(16, 32, 256, 8, 1)
 # with more tokens every program takes all keys of one; and no token's keys are cut into more than about so many parts
 _SHARED_TOKENS, _MOST_PARTS = 64, 64
 _FEWEST_HEADS = 4
+# columns of a native row under one scale
+_SCALED = 64
 # of heads up to this wide, registers hold the sums of so many rows on every chip
 _NARROW, _NARROW_ROWS = 128, 64
 _LOG2_E = 1.4426950408889634
@@ -95,6 +99,12 @@ class Attention:
             PICKS=power_of_two(bound) if kind == "picked" else 1, BH=rows, BN=chosen.n, DB=max(16, power_of_two(dim)),
             OPERAND=operand, BF16_P=numerics.bf16_between, warps=chosen.warps, stages=chosen.stages,
         )  # fmt: skip
+
+
+def too_wide(config: ModelConfig, engine: EngineConfig) -> str | None:
+    """Native rows whose rotary columns fill more than one group of scaled ones."""
+    wide = config.qk_rope_head_dim
+    return f"qk_rope_head_dim {wide} > {_SCALED}" if wide > _SCALED else None
 
 
 def _entries(

@@ -114,11 +114,11 @@ def merge(parts, stats, sink, y, first, count, H, D, HEADS: tl.constexpr, DB: tl
         parts [count, H, D], stats [count, 2, H] float32: largest logit and sum; sink [H], y [H, D], all of one token
     """
     SOME: tl.constexpr = HEADS if HEADS < 16 else 16
+    d = tl.arange(0, DB)[None, :]
     for h0 in range(first, first + HEADS, SOME):
-        h, d = h0 + tl.arange(0, SOME), tl.arange(0, DB)
+        h = h0 + tl.arange(0, SOME)
         mine = h < H
-        at = h[:, None] * D + d[None, :]
-        inside = mine[:, None] & (d < D)[None, :]
+        at, inside = h[:, None] * D + d, mine[:, None] & (d < D)
         top = tl.full((SOME,), LOWEST, tl.float32)
         for s in range(count):
             top = tl.maximum(top, tl.load(stats + s * 2 * H + h, mask=mine, other=0.0))
@@ -168,8 +168,7 @@ def decode_kernel(
         cache = (near_codes, near_scales, near_rotary, near_step)
         for block in range(low, tl.minimum(high, near)):
             slot = block * BN + key
-            # a ring not yet full holds positions 0..p in slots 0..p
-            seen = (slot < W) & (slot <= p)
+            seen = (slot < W) & (slot <= p)  # a ring not yet full holds positions 0..p in slots 0..p
             top, total, acc = attend(
                 query, cache, ring + slot, seen, seen[None, :], D, R, scale, once, top, total, acc, NEAR_NATIVE, BF16_P,
             )  # fmt: skip
@@ -237,10 +236,9 @@ def attend_sequence(
         entries = tl.minimum(high // ratio, num_pages * per_page)
         pages_of = table + tl.cast(b, tl.int64) * num_pages
         for e0 in range(0, entries, BN):
-            entry = e0 + key
-            there = entry < entries
+            entry, there = e0 + key, e0 + key < entries
             at = entry_row(pages_of, tl.where(there, entry, -1), num_pages, per_page, pages)
-            seen = belongs[:, None] & (entry[None, :] < tl.minimum((p + 1) // ratio, entries)[:, None])
+            seen = belongs[:, None] & (entry[None, :] < ((p + 1) // ratio)[:, None])
             top, total, acc = attend(
                 query, far, at, there, seen, D, R, scale, once, top, total, acc, FAR_NATIVE, BF16_P
             )
@@ -286,11 +284,7 @@ def prompt_kernel(
                 pages, scale, once, top, total, acc, FAR, FAR_NATIVE, BN, BF16_P,
             )  # fmt: skip
     if FAR == "picked":
-        # early tokens have few picks: blocks end with the last one
-        i = tl.arange(0, TOKENS * PICKS)
-        wanted = (i % PICKS < K) & (t0 + i // PICKS <= t1)
-        listed = tl.load(picks + (t0 + i // PICKS).to(tl.int64) * K + i % PICKS, mask=wanted, other=-1)
-        for i0 in range(0, tl.max(tl.where(listed >= 0, i + 1, 0), 0), BN):
+        for i0 in range(0, TOKENS * PICKS if TOKENS > 1 else K, BN):
             of = t0 + (i0 + key) // PICKS if TOKENS > 1 else tl.full((1,), t0, tl.int32)
             pick = (i0 + key) % PICKS if TOKENS > 1 else i0 + key
             entry = tl.load(picks + of.to(tl.int64) * K + pick, mask=(of <= t1) & (pick < K), other=-1)
