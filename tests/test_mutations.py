@@ -24,18 +24,22 @@ def load_table() -> Any:
     return module
 
 
-ROWS = load_table().ROWS
-PATCHES = [pytest.param(patch, id=f"{row.bug[:30]}: {patch.label}") for row in ROWS for patch in row.patches]
+TABLE = load_table()
+PATCHES = [
+    pytest.param(patch, id=f"{row.bug[:30]}: {patch.label}")
+    for row in (*TABLE.ROWS, *TABLE.KERNELS)
+    for patch in row.patches
+]
 
 
 def test_every_bug_of_the_list_is_a_patch_or_has_its_reason() -> None:
-    assert len(ROWS) == 19
-    assert all(bool(row.patches) != bool(row.reason) for row in ROWS)
+    assert len(TABLE.ROWS) == 19
+    assert all(bool(row.patches) != bool(row.reason) for row in TABLE.ROWS)
 
 
 @pytest.mark.parametrize("patch", PATCHES)
 def test_patch_applies_and_compiles(patch: Any) -> None:
-    text = (ROOT / "v4sdk" / patch.file).read_text(encoding="utf-8")
+    text = (ROOT / patch.path).read_text(encoding="utf-8")
     assert text.count(patch.old) == 1
     compile(text.replace(patch.old, patch.new), patch.file, "exec")
 

@@ -25,6 +25,8 @@ from .target import Target
 # instructions that multiply matrices, by family of chips
 TENSOR_CORES = re.compile(r"^(HMMA|QMMA|HGMMA|QGMMA|UTC[A-Z]*MMA|OMMA|IMMA)")
 _SPILLS = ("LDL", "STL")
+# a product in Triton's own code: the type of its left operand, rows and columns of its result
+_DOT = re.compile(r"tt\.dot(?:_scaled)? [^\n]*?tensor<[\dx]+x(\w+)>[^\n]*-> tensor<(\d+)x(\d+)x")
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,10 @@ class Compiled:
 
     Attributes:
         kernel: its name. variant: constants, warps and stages, and the types it was specialised for. arch: compute capability.
-        registers, stack_bytes, shared_bytes: as the assembler reports them. instructions: how many of each kind.
+        registers, stack_bytes, shared_bytes: as the assembler reports them. instructions: how many of each kind; none where the
+            disassembler of this version of Triton does not know the chip.
         widest_load: bytes of its widest load from global memory.
+        dots: matrix products in its source, as (operand type, rows, columns).
     """
 
     kernel: str
@@ -45,6 +49,7 @@ class Compiled:
     shared_bytes: int
     instructions: Mapping[str, int]
     widest_load: int
+    dots: tuple[tuple[str, int, int], ...] = ()
 
     @property
     def spills(self) -> int:
@@ -61,14 +66,14 @@ class Compiling(Launch):
     """Compiles what is launched, once per variant; nothing runs.
 
     Attributes:
-        found: everything compiled so far. launches: the names of all launches, in order.
+        found: everything compiled so far. launches: the names of all launches, in order. last: the variant launched last.
     """
 
     def __init__(self, target: Target) -> None:
         super().__init__(target, torch.device("cuda"))
         self.found: dict[tuple[str, str], Compiled] = {}
         self.launches: list[str] = []
-        self._seen: set[str] = set()
+        self.last: Compiled | None = None
 
     def __call__(
         self, kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, stages: int, **constants: Any
@@ -80,13 +85,13 @@ class Compiling(Launch):
         self.launches.append(name)
         mocks = [_mock(a) if isinstance(a, Tensor) else a for a in args]
         variant = _variant(kernel, mocks, constants, warps, stages)
-        if (name, variant) in self.found:
-            return
-        with _driver(self.target):
-            made = kernel.warmup(
-                *mocks, grid=grid, num_warps=warps, num_stages=stages, enable_fp_fusion=True, **constants
-            )
-            self.found[name, variant] = examine(name, variant, self.target.arch, made)
+        if (name, variant) not in self.found:
+            with _driver(self.target):
+                made = kernel.warmup(
+                    *mocks, grid=grid, num_warps=warps, num_stages=stages, enable_fp_fusion=True, **constants
+                )
+                self.found[name, variant] = examine(name, variant, self.target.arch, made)
+        self.last = self.found[name, variant]
 
     def counters(self, count: int) -> Tensor:
         """Counters without memory."""
@@ -104,7 +109,8 @@ def examine(name: str, variant: str, arch: int, made: Any) -> Compiled:
         file.write(made.asm["cubin"])
         file.flush()
         usage = _said(tools / "cuobjdump", "--dump-resource-usage", file.name)
-        code = _said(tools / "nvdisasm", "-c", file.name)
+        # that of Triton 3.6 cannot read what its assembler makes for 10.3
+        code = _said(tools / "nvdisasm", "-c", file.name, may_fail=arch == 103)
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump says nothing of `{name}`: {usage[:200]!r}")
@@ -115,11 +121,12 @@ def examine(name: str, variant: str, arch: int, made: Any) -> Compiled:
     return Compiled(
         name, variant, arch, int(found[1]), int(found[2]) + int(found[4]), made.metadata.shared, dict(short),
         max(widths, default=4 if short["LDG"] else 0),
+        tuple(sorted({(kind, int(m), int(n)) for kind, m, n in _DOT.findall(made.asm["ttir"])})),
     )  # fmt: skip
 
 
-def _said(tool: Path, *words: str) -> str:
-    return subprocess.run([str(tool), *words], capture_output=True, text=True, check=True).stdout
+def _said(tool: Path, *words: str, may_fail: bool = False) -> str:
+    return subprocess.run([str(tool), *words], capture_output=True, text=True, check=not may_fail).stdout
 
 
 def _variant(kernel: Any, mocks: list[Any], constants: dict[str, Any], warps: int, stages: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import io
 import multiprocessing
 import os
@@ -18,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.mutations.table import ROWS, Patch
+from tests.mutations.table import KERNELS, ROWS, Patch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-_PACKAGE = ROOT / "v4sdk"
+# folder to the package it is imported as
+_PACKAGES = {"v4sdk": "v4sdk", "backends/cuda": "v4sdk_cuda"}
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,13 @@ class Outcome:
     output: str
 
 
-def copy_package(target: Path, patch: Patch | None) -> None:
-    """Copy `v4sdk` below `target`, with the patch applied."""
-    shutil.copytree(_PACKAGE, target / "v4sdk", ignore=shutil.ignore_patterns("__pycache__"))
+def copy_packages(target: Path, patch: Patch | None) -> None:
+    """Copy what may be patched below `target`, with the patch applied."""
+    for folder, package in _PACKAGES.items():
+        shutil.copytree(ROOT / folder, target / package, ignore=shutil.ignore_patterns("__pycache__"))
     if patch:
-        file = target / "v4sdk" / patch.file
+        folder = next(f for f in _PACKAGES if patch.path.startswith(f"{f}/"))
+        file = target / _PACKAGES[folder] / Path(patch.path).relative_to(folder)
         text = file.read_text(encoding="utf-8")
         if text.count(patch.old) != 1:
             raise SystemExit(f"patch `{patch.label}` no longer applies to {patch.file}")
@@ -45,9 +49,9 @@ def copy_package(target: Path, patch: Patch | None) -> None:
 
 
 def run_tests(patch: Patch | None, tests: Sequence[str]) -> Outcome:
-    """Run tests in a forked process against a copy of the package; torch is imported once, by the parent."""
+    """Run tests in a forked process against copies of the packages; torch is imported once, by the parent."""
     with tempfile.TemporaryDirectory() as scratch:
-        copy_package(Path(scratch), patch)
+        copy_packages(Path(scratch), patch)
         context = multiprocessing.get_context("fork")
         receiver, sender = context.Pipe(duplex=False)
         child = context.Process(target=_child, args=(scratch, list(tests), sender))
@@ -78,11 +82,11 @@ def _child(scratch: str, tests: list[str], sender: Any) -> None:
                 passed += 1
 
         def pytest_sessionstart(self) -> None:
-            import v4sdk
-
-            # a run against the untouched package would prove nothing
-            if not str(v4sdk.__file__).startswith(scratch):
-                raise pytest.UsageError(f"v4sdk was imported from {v4sdk.__file__}")
+            # a run against the untouched packages would prove nothing
+            for name in _PACKAGES.values():
+                found = str(importlib.import_module(name).__file__)
+                if not found.startswith(scratch):
+                    raise pytest.UsageError(f"{name} was imported from {found}")
 
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
@@ -110,7 +114,7 @@ def main() -> int:
     options = parser.parse_args()
     work = [
         (number, row.bug, patch)
-        for number, row in enumerate(ROWS, 1)
+        for number, row in enumerate((*ROWS, *KERNELS), 1)
         for patch in row.patches
         if options.only in f"{row.bug} {patch.label}"
     ]
@@ -119,7 +123,7 @@ def main() -> int:
             print(f"{number:2d}  {row.bug}: does not apply, {row.reason}")
     if options.list:
         for number, bug, patch in work:
-            print(f"{number:2d}  {bug}: {patch.label} ({patch.file}) <- {', '.join(patch.killed_by)}")
+            print(f"{number:2d}  {bug}: {patch.label} ({patch.path}) <- {', '.join(patch.killed_by)}")
         return 0
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     import torch  # noqa: F401  (imported before forking, so that children need not)

@@ -1,4 +1,4 @@
-"""The semantic bugs listed in the architecture note, 5.1: each row as patches to production code and the tests that notice."""
+"""The semantic bugs listed in the architecture note, 5.1, and those of CUDA kernels: patches, and the tests that notice."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ class Patch:
     """One wrong line of code.
 
     Attributes:
-        label: what it does wrong. file: below `v4sdk/`. old, new: text that occurs exactly once, and its replacement.
+        label: what it does wrong. file: below `v4sdk/`, or `backends/...` below the repository.
+        old, new: text that occurs exactly once, and its replacement.
         killed_by: tests, below `tests/`, each of which fails on it.
     """
 
@@ -19,6 +20,11 @@ class Patch:
     old: str
     new: str
     killed_by: tuple[str, ...]
+
+    @property
+    def path(self) -> str:
+        """The file, below the repository."""
+        return self.file if self.file.startswith("backends/") else f"v4sdk/{self.file}"
 
 
 @dataclass(frozen=True)
@@ -435,6 +441,246 @@ ROWS: tuple[Row, ...] = (
                 "prefix = min(common_prefix(held.ids, ids), len(ids) - 1)",
                 "prefix = min(common_prefix(held.ids, ids), len(ids) - 1) // 4096 * 4096",
                 ("test_session.py::test_chat_over_a_kept_sequence_equals_fresh",),
+            ),
+        ),
+    ),
+)
+
+KERNEL = "cuda/test_kernels.py::test_a_kernel_computes_what_its_reference_does"
+VIEWS = "cuda/test_edges.py::test_activations_may_be_views_with_gaps"
+COMPILED = "cuda/test_compiled.py::test_kernels_fit_their_chip_and_keep_their_budget"
+
+# one bug or more per family of CUDA kernels, as such kernels have them
+KERNELS: tuple[Row, ...] = (
+    Row(
+        "CUDA linear",
+        (
+            Patch(
+                "wrong stride: rows of the input taken for dense",
+                "backends/cuda/kernels/weights.py",
+                "rows[:, None].to(tl.int64) * row_stride",
+                "rows[:, None].to(tl.int64) * K",
+                (f"{VIEWS}[linear-decode]",),
+            ),
+            Patch(
+                "swapped scale: rows and columns of the tiles exchanged",
+                "backends/cuda/kernels/weights.py",
+                "(n // 128) * tiles + k0 // 128",
+                "(k0 // 128) * tiles + n // 128",
+                (f"{KERNEL}[linear/tiny-decode-exact]",),
+            ),
+            Patch(
+                "a part of a split depth is never added",
+                "backends/cuda/kernels/linear.py",
+                "for part in range(SPLIT):",
+                "for part in range(SPLIT - 1):",
+                (f"{KERNEL}[linear/tiny-decode-exact]",),
+            ),
+            Patch(
+                "a tile that only fits larger chips",
+                "backends/cuda/linear.py",
+                '("any", "prefill"): Tile(64, 64, GROUP, 4, 2),',
+                '("any", "prefill"): Tile(128, 128, GROUP, 8, 4),',
+                (f"{COMPILED}[linear-120]",),
+            ),
+        ),
+    ),
+    Row(
+        "CUDA norm",
+        (
+            Patch(
+                "mean over the block instead of the row",
+                "backends/cuda/kernels/norm.py",
+                "tl.sum(value * value, 0) / width",
+                "tl.sum(value * value, 0) / BLOCK",
+                (f"{KERNEL}[rms_norm/odd-decode-fast]",),
+            ),
+        ),
+    ),
+    Row(
+        "CUDA embedding",
+        (
+            Patch(
+                "wrong stride: streams outside, tokens inside",
+                "backends/cuda/kernels/embedding.py",
+                "y + (rows * M + m)[:, None] * N",
+                "y + (m * T + rows)[:, None] * N",
+                (f"{KERNEL}[embed/tiny-decode-exact]",),
+            ),
+            Patch(
+                "sines where cosines belong in the second quarter",
+                "backends/cuda/kernels/embedding.py",
+                "odd = (quarter & 1) == 1",
+                "odd = (quarter & 3) == 1",
+                (f"{KERNEL}[rope_table/160000-6-2-tokens-to-300]",),
+            ),
+        ),
+    ),
+    Row(
+        "CUDA hyper-connections",
+        (
+            Patch(
+                "matrix of the mixes transposed",
+                "backends/cuda/kernels/hyper_connection.py",
+                "comb + (rows * M + j) * M + k",
+                "comb + (rows * M + k) * M + j",
+                (f"{KERNEL}[hc_post/tiny-decode-exact]",),
+            ),
+            Patch(
+                "missing mask: rows that do not exist join the sums, where streams are no power of two",
+                "backends/cuda/kernels/hyper_connection.py",
+                "c = tl.where(source & destination, e /",
+                "c = tl.where(destination, e /",
+                (f"{KERNEL}[hc_pre/odd-decode-fast]",),
+            ),
+        ),
+    ),
+    Row(
+        "CUDA projections",
+        (
+            Patch(
+                "off by one: the oldest row of the window is not kept",
+                "backends/cuda/kernels/projection.py",
+                "other=0) - rows <= W)",
+                "other=0) - rows < W)",
+                (f"{KERNEL}[kv_project_store/tiny-prefill-reference]",),
+            ),
+            Patch(
+                "the output is turned forth instead of back",
+                "backends/cuda/kernels/projection.py",
+                "return rotate_pairs(tile, cos, sin, True, BK)",
+                "return rotate_pairs(tile, cos, sin, False, BK)",
+                (f"{KERNEL}[grouped_out/tiny-decode-exact]",),
+            ),
+            Patch(
+                "swapped scale: a group of a stored row takes its neighbour's",
+                "backends/cuda/kernels/rows.py",
+                "            rows + base + (first + group)[None, :],",
+                "            rows + base + (first + (group ^ 1))[None, :],",
+                ("cuda/test_edges.py::test_rows_may_have_several_scales[kv_project_store-decode]",),
+            ),
+        ),
+    ),
+    Row(
+        "CUDA attention",
+        (
+            Patch(
+                "off by one: a query sees one position too many",
+                "backends/cuda/kernels/attention.py",
+                "(k[None, :] > p[:, None] - W)",
+                "(k[None, :] >= p[:, None] - W)",
+                (f"{KERNEL}[sparse_attn/swa-tiny-chunk-exact]",),
+            ),
+            Patch(
+                "off by one: an entry is seen only after the token that completes it",
+                "backends/cuda/kernels/attention.py",
+                "entries = tl.minimum((p + 1) // ratio, num_pages * per_page)",
+                "entries = tl.minimum(p // ratio, num_pages * per_page)",
+                (f"{KERNEL}[sparse_attn/hca-tiny-decode-exact]",),
+            ),
+            Patch(
+                "missing mask: absent picks are attended to",
+                "backends/cuda/kernels/attention.py",
+                "                seen = entry >= 0\n",
+                "                seen = entry >= -1\n",
+                (f"{KERNEL}[sparse_attn/csa-tiny-decode-exact]",),
+            ),
+        ),
+    ),
+    Row(
+        "CUDA compressors",
+        (
+            Patch(
+                "off by one: a row of the block before taken for one of this block",
+                "backends/cuda/kernels/compressor.py",
+                "tl.where(i >= ratio, E, 0)",
+                "tl.where(i > ratio, E, 0)",
+                (f"{KERNEL}[compress/csa-tiny-decode-exact]",),
+            ),
+            Patch(
+                "unwritten tail: the oldest row of an open block is not kept",
+                "backends/cuda/kernels/compressor.py",
+                "valid = (back < length) & (row >= start)",
+                "valid = (back < length - 1) & (row >= start)",
+                (f"{KERNEL}[compress/csa-tiny-chunk-exact]",),
+            ),
+        ),
+    ),
+    Row(
+        "CUDA indexer",
+        (
+            Patch(
+                "missing clamp: heads that score below zero count",
+                "backends/cuda/kernels/indexer.py",
+                "weighted = tl.maximum(dot, 0.0) * weights[None, :]",
+                "weighted = dot * weights[None, :]",
+                (f"{KERNEL}[index_topk/tiny-decode-exact]",),
+            ),
+            Patch(
+                "off by one: an entry is seen only after the token that completes it",
+                "backends/cuda/kernels/indexer.py",
+                "(tl.load(positions + t, mask=t < T, other=0) + 1) // ratio, limit)",
+                "tl.load(positions + t, mask=t < T, other=0) // ratio, limit)",
+                ("cuda/test_edges.py::test_the_newest_entry_is_seen_at_once",),
+            ),
+            Patch(
+                "ties: the first of equal entries is passed over",
+                "backends/cuda/kernels/indexer.py",
+                "picked = above | (equal & (rank <= equals[:, None]))",
+                "picked = above | (equal & (rank > 1) & (rank <= equals[:, None] + 1))",
+                (f"{KERNEL}[index_topk/ties-tiny-decode-exact]",),
+            ),
+            Patch(
+                "unwritten tail: the last round of the rotation is left out",
+                "backends/cuda/kernels/rows.py",
+                "for _ in tl.static_range(rounds):",
+                "for _ in tl.static_range(rounds - 1):",
+                (f"{KERNEL}[index_query/tiny-first-fast]",),
+            ),
+        ),
+    ),
+    Row(
+        "CUDA experts",
+        (
+            Patch(
+                "swapped scale: the gate's for the up matrix",
+                "backends/cuda/kernels/moe.py",
+                "v = multiply(v, here, up, column_scale(s3, n, I, k0, K, ENCODING), OPERAND)",
+                "v = multiply(v, here, up, column_scale(s1, n, I, k0, K, ENCODING), OPERAND)",
+                (f"{KERNEL}[shared_expert/wide-decode-fast]",),
+            ),
+            Patch(
+                "wrong row: a choice's number for its token's",
+                "backends/cuda/kernels/moe_packed.py",
+                "x += (pair // CHOSEN).to(tl.int64) * row_stride",
+                "x += (pair % CHOSEN).to(tl.int64) * row_stride",
+                (f"{KERNEL}[routed_experts/packed-odd-decode-fast]",),
+            ),
+            Patch(
+                "missing clamp: the up values have no lower limit",
+                "backends/cuda/kernels/moe.py",
+                "tl.minimum(tl.maximum(v, -limit), limit)",
+                "tl.minimum(v, limit)",
+                (f"{KERNEL}[shared_expert/tiny-first-fast]",),
+            ),
+        ),
+    ),
+    Row(
+        "CUDA sampling",
+        (
+            Patch(
+                "ties go to the highest id",
+                "backends/cuda/kernels/select.py",
+                "return (key.to(tl.int64) << 32) + (number ^ LARGEST).to(tl.int64)",
+                "return (key.to(tl.int64) << 32) + number.to(tl.int64)",
+                (f"{KERNEL}[sample/ties-go-to-the-lowest-id]",),
+            ),
+            Patch(
+                "positions stand still",
+                "backends/cuda/kernels/sample.py",
+                "tl.load(positions + t, mask=t < T) + 1",
+                "tl.load(positions + t, mask=t < T)",
+                (f"{KERNEL}[feed/3-rows]",),
             ),
         ),
     ),
