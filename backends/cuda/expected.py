@@ -37,7 +37,9 @@ MULTIPLIERS: Mapping[int, Multipliers] = {
 # what tensor cores multiply without loss of the stored values
 NARROW_TYPES = ("bf16", "f16", "f8E4M3FN", "f8E5M2")
 # kernel to reason: products that stay in float32 in every numerics
-FLOAT32_PRODUCTS: Mapping[str, str] = {}
+FLOAT32_PRODUCTS: Mapping[str, str] = {
+    "sums_kernel": "mixes of streams feed Sinkhorn: float32 by three TF32 products each",
+}
 # (kernel, chip) to reason: large tiles that the compiler gives the instructions of small ones
 SMALL_PRODUCTS: Mapping[tuple[str, int], str] = {}
 # bytes of the widest load of a kernel that reads weights; exceptions as kernel to (bytes, reason)

@@ -24,6 +24,7 @@ ROUTE: Table = {
 }
 # scores in float32 for `exact` numerics: no tensor cores, so smaller tiles
 ROUTE_WIDE = Tile(16, 32, 64, 4, 1, split=4)
+_FEW_EXPERTS = 256
 # m: tokens; every choice of a token has a row of the gate to itself
 HASH: Table = {
     ("any", "decode"): Tile(1, 1, 1024, 8, 2),
@@ -54,7 +55,9 @@ class MoE:
         self._launch(
             route_kernel, (rows, -(-experts // chosen.n), split), u, u.stride(0), gate, bias, ids, weights, parts,
             self._launch.counters(rows), t, experts, width, steps * chosen.k, scale, CHOSEN=k, SPLIT=split, BT=chosen.m,
-            BE=chosen.n, BK=chosen.k, EXPERTS=block, OPERAND=operand, warps=chosen.warps, stages=chosen.stages,
+            BE=chosen.n, BK=chosen.k, EXPERTS=block, OPERAND=operand, stages=chosen.stages,
+            # whoever chooses holds the scores of all experts in registers
+            warps=chosen.warps * (1 if block <= _FEW_EXPERTS else 4),
         )  # fmt: skip
         return deliver(out, made)
 
