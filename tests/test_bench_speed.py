@@ -106,7 +106,8 @@ def test_an_op_gets_its_time_floor_and_share(tmp_path: Path) -> None:
     found = rows_of(ops_suite.run, bench_of(tmp_path, only=("ops/linear",)))
     # where a kernel runs, its reference is timed beside it
     assert {key.removesuffix("/against-reference") for key in found} == {f"ops/linear/{g}-{n}-fast" for g, n in (
-        ("tiny", "decode"), ("tiny", "prefill"), ("odd", "decode"), ("odd", "prefill"), ("flash", "decode-8k"))}  # fmt: skip
+        ("tiny", "decode"), ("tiny", "prefill"), ("odd", "decode"), ("odd", "prefill"), ("wide", "decode"),
+            ("wide", "prefill"), ("flash", "decode-8k"))}  # fmt: skip
     row = found["ops/linear/tiny-decode-fast"]
     assert row.state == "ok"
     assert row.values["how"] == {"reference": "reference", "device": "kernel"}[plugins.select("cpu").evidence]
