@@ -31,7 +31,7 @@ BACKEND = plugins.select("cpu")
 
 @pytest.fixture
 def library() -> Any:
-    found = import_module(type(BACKEND).__module__.rpartition(".")[0] + ".kernels").library()
+    found = import_module(type(BACKEND).__module__.rpartition(".")[0] + ".kernels").native_library()
     if found is None:
         pytest.skip("the kernels were not built; ends where a C++17 compiler was there at installation")
     level, threads = found.level, found.threads

@@ -146,8 +146,8 @@ def cache_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     """Both caches: the one in the library, where that was built, and the one in Python."""
     module = importlib.import_module(type(plugins.select("cpu")).__module__)
     if request.param == "plain":
-        monkeypatch.setattr(module, "library", lambda: None)
-    elif module.library() is None:
+        monkeypatch.setattr(module, "native_library", lambda: None)
+    elif module.native_library() is None:
         pytest.skip("the kernels were not built; ends where a C++17 compiler was there at installation")
     return str(request.param)
 

@@ -45,7 +45,7 @@ def module(name: str) -> Any:
 @pytest.fixture(autouse=True)
 def large_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a system that has them; without them the same bytes are moved to the same places."""
-    if module("kernels").library() is None:
+    if module("kernels").native_library() is None:
         pytest.skip("the kernels were not built; ends where a C++17 compiler was there at installation")
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setattr(module("settling"), "has_large_pages", lambda: True)

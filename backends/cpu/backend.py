@@ -15,7 +15,7 @@ from v4sdk.config import ModelConfig
 from v4sdk.weights import ExpertWeights, Weight
 
 from .identity import identity
-from .kernels import EMPTY_LEVEL, THREADS_VARIABLE, Library, library
+from .kernels import EMPTY_LEVEL, THREADS_VARIABLE, Library, native_library
 from .record import RecordedStep
 from .residency import CAN_PAGE, Residency, doctor_row
 from .settling import settling, weights_row
@@ -33,7 +33,7 @@ class CpuBackend(Backend):
     @property
     def evidence(self) -> Evidence:  # type: ignore[override]
         """What the results of kernels are worth: the processor is the device, and it is here."""
-        return "reference" if library() is None else "device"
+        return "reference" if native_library() is None else "device"
 
     def unavailable(self) -> str | None:
         """Always usable: torch itself needs a CPU."""
@@ -46,57 +46,57 @@ class CpuBackend(Backend):
 
     def kernels(self) -> Sequence[Kernel[Any, Any]]:
         """The table; empty where nothing was compiled."""
-        native = library()
+        native = native_library()
         return () if native is None else _table(native)
 
     def prepare_weight(self, role: str, weight: Weight) -> Weight:
         """Leave weights mapped as they are; without kernels, widen small quantised matrices to float32 once."""
-        return weight if library() else _widened(weight)
+        return weight if native_library() else _widened(weight)
 
     def prepare_experts(self, role: str, experts: ExpertWeights) -> ExpertWeights:
         """Leave experts mapped, so that only those that are chosen are ever read; without kernels, widen small ones."""
-        if library():
+        if native_library():
             return experts
         w1, w2, w3 = (tuple(_widened(w) for w in ws) for ws in (experts.w1, experts.w2, experts.w3))
         return ExpertWeights(w1, w2, w3, experts.packed)
 
     def record(self, step: Callable[[], None]) -> Callable[[], None]:
         """Replay a step from argument blocks bound once."""
-        native = library()
+        native = native_library()
         return step if native is None else RecordedStep(native, step)
 
     def close(self) -> None:
         """End the kernels' threads."""
-        native = library()
+        native = native_library()
         if native is not None:
             native.rest()
 
     def with_threads(self, count: int) -> AbstractContextManager[None]:
         """Resize the team."""
-        native = library()
+        native = native_library()
         return nullcontext() if native is None else native.at_threads(count)
 
     def hollow(self) -> AbstractContextManager[None] | None:
         """Run the level whose kernels do nothing."""
-        native = library()
+        native = native_library()
         return None if native is None else native.at_level(EMPTY_LEVEL)
 
     def identity(self) -> Mapping[str, str | float] | None:
         """The processor, where its own kernels run."""
-        native = library()
+        native = native_library()
         return None if native is None else identity(native)
 
     def page_experts(self, budget_bytes: int) -> ExpertPaging:
         """Map the routed experts and keep `budget_bytes` of them in memory."""
-        return Residency(budget_bytes, library())
+        return Residency(budget_bytes, native_library())
 
     def settling(self) -> Settling | None:
         """Copy weights into large pages, where kernels were built to read them."""
-        return settling(library())
+        return settling(native_library())
 
     def doctor(self) -> Sequence[DoctorRow]:
         """Threads, instruction set, and the kernels at hand."""
-        native = library()
+        native = native_library()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         threads = torch.get_num_threads() if native is None else native.threads
         variable = "OMP_NUM_THREADS" if native is None else THREADS_VARIABLE

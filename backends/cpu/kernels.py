@@ -213,7 +213,7 @@ class _Replay:
 
 
 @cache
-def library() -> Library | None:
+def native_library() -> Library | None:
     """The library that was built with the package; None where it was not, or cannot be loaded."""
     named = os.environ.get(LIBRARY_VARIABLE)
     for path in [Path(named)] if named else sorted(Path(__file__).parent.glob("_kernels*.so")):

@@ -21,7 +21,7 @@ sanitize() {
     "$scratch/test"
     "$CXX" "${flags[@]}" -shared "$scratch"/*.o -o "$scratch/kernels.so" -pthread
     local level
-    for level in ${V4SDK_TEST_LEVELS:-$(python -c 'from importlib import import_module as i; print(*i("v4sdk_cpu.kernels").library().levels, "amx_emulated")')}; do
+    for level in ${V4SDK_TEST_LEVELS:-$(python -c 'from importlib import import_module as i; print(*i("v4sdk_cpu.kernels").native_library().levels, "amx_emulated")')}; do
         # torch is not built for it, so the sanitizer's library has to come first
         LD_PRELOAD=$("$CXX" -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 V4SDK_CPU_LIBRARY=$scratch/kernels.so \
             V4SDK_CPU_LEVEL=$level V4SDK_CPU_THREADS=3 python -m v4sdk conformance --backend cpu | tail -n 1
