@@ -13,6 +13,9 @@ from v4sdk.backend import Backend
 from v4sdk.errors import V4Error
 from v4sdk_bench.record import Record, Row
 
+# why a row was not run where a stage's budget was short: a run without --quick, or of this row alone, has the time for it
+OUT_OF_TIME = "the time of this stage was used up"
+
 
 class BenchError(V4Error):
     """A benchmark was asked for something it cannot do."""

@@ -11,7 +11,7 @@ from v4sdk.ops.op import Case
 from v4sdk.testing import CaseResult, judge_case
 from v4sdk_bench.device.replayed import is_timed
 from v4sdk_bench.record import Row, judged, not_run
-from v4sdk_bench.stage import Bench
+from v4sdk_bench.stage import OUT_OF_TIME, Bench
 
 _SCALES = ("tiny", "odd", "edge")
 # an interpreter takes a second where a device takes a millisecond
@@ -37,7 +37,7 @@ def run(bench: Bench) -> Iterator[Row]:
             yield not_run(
                 key,
                 f"{op.name} against its reference",
-                "the time of this stage was used up",
+                OUT_OF_TIME,
                 command=bench.command(key),
             )
             continue

@@ -27,7 +27,7 @@ from v4sdk_bench.parity.metrics import relative_l2
 from v4sdk_bench.record import Row, Value, not_run
 from v4sdk_bench.speed.ceilings import free_bytes
 from v4sdk_bench.speed.timing import Call
-from v4sdk_bench.stage import Bench
+from v4sdk_bench.stage import OUT_OF_TIME, Bench
 
 TOKENS = (1, 8, 64, 512, 4096)
 _TOY_TOKENS = (1, 8)
@@ -78,7 +78,7 @@ def run(bench: Bench) -> Iterator[Row]:
         if not bench.wants(key):
             continue
         if red is not None or bench.left() < 30:
-            why = f"no time: {red.key} failed" if red else "the time of this stage was used up"
+            why = f"no time: {red.key} failed" if red else OUT_OF_TIME
             yield not_run(key, f"routed experts, {g.name}", why, command=bench.command(key))
             continue
         bench.say(f"experts: drawing {g.experts} of {g.name}")
@@ -95,7 +95,7 @@ def run(bench: Bench) -> Iterator[Row]:
                     yield not_run(
                         where,
                         f"routed experts, {g.name}",
-                        "the time of this stage was used up",
+                        OUT_OF_TIME,
                         command=bench.command(where),
                     )
                     continue

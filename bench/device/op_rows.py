@@ -22,7 +22,7 @@ from v4sdk_bench.record import Row, not_run
 from v4sdk_bench.speed.ceilings import free_bytes
 from v4sdk_bench.speed.op_cases import OpCase, argument_bytes, chosen, dtype_of
 from v4sdk_bench.speed.timing import Call
-from v4sdk_bench.stage import Bench
+from v4sdk_bench.stage import OUT_OF_TIME, Bench
 
 _BUDGET_S = {True: 0.05, False: 0.3}
 # judging draws on the host, where the references run too
@@ -44,7 +44,7 @@ def run(bench: Bench) -> Iterator[Row]:
         if red is not None:
             yield not_run(key, what, f"no time: {red.key} failed", command=bench.command(key))
         elif bench.left() < 10:
-            yield not_run(key, what, "the time of this stage was used up", command=bench.command(key))
+            yield not_run(key, what, OUT_OF_TIME, command=bench.command(key))
         elif size > _LIMIT_BYTES[bench.quick] or (free is not None and size * _HELD_COPIES > free):
             yield not_run(
                 key,

@@ -30,7 +30,7 @@ from v4sdk_bench.record import Row, Value, not_run
 from v4sdk_bench.speed.ceilings import free_bytes
 from v4sdk_bench.speed.op_counts import counted
 from v4sdk_bench.speed.synthetic_kv import fill
-from v4sdk_bench.stage import Bench
+from v4sdk_bench.stage import OUT_OF_TIME, Bench
 
 BATCHES, CONTEXTS = (1, 8, 32), (8192, 131_072, 1_048_576)
 _QUICK_CONTEXTS = (8192,)
@@ -81,7 +81,7 @@ def run(bench: Bench) -> Iterator[Row]:
             what = f"{stack.words}: a decode step of {batch} at {context:,} tokens"
             kv, free = batch * kv_bytes(stack.config, context, "native"), free_bytes(bench.backend)
             if bench.left() < 20:
-                yield not_run(where, what, "the time of this stage was used up", command=bench.command(where))
+                yield not_run(where, what, OUT_OF_TIME, command=bench.command(where))
             elif free is not None and 1.4 * kv > free:
                 yield not_run(
                     where,

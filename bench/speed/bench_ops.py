@@ -56,9 +56,8 @@ def test_op(benchmark: BenchmarkFixture, subject: OpCase, request: pytest.Fixtur
         try:
             ready = plan.ready(subject)
         except NotTimed as exc:
-            # too large for this run or machine, which the reason says; ends without --quick, or where there is more memory.
-            # The suite records it as a row that was not run
-            pytest.skip(str(exc))
+            # the suite records it as a row that was not run
+            pytest.skip(f"{exc}; ends without --quick, or where there is more memory")
         _time(benchmark, plan, ready)
 
 

@@ -15,7 +15,7 @@ from v4sdk.errors import MemoryRefused
 from v4sdk_bench.peers.stage import STAGE as PEERS
 from v4sdk_bench.record import Row, Value, not_run
 from v4sdk_bench.speed.timing import Sample, load, paired, percentile
-from v4sdk_bench.stage import Bench, Stage
+from v4sdk_bench.stage import OUT_OF_TIME, Bench, Stage
 from v4sdk_bench.suites.model_layers import layers
 from v4sdk_bench.suites.model_memory import memory
 from v4sdk_bench.suites.model_rows import Subject, evidence, kernels, row_of, subject
@@ -112,7 +112,7 @@ def _frontiers(bench: Bench, about: Subject) -> Iterator[Row]:
         if bench.left() < 0:
             break
     for left in waiting:
-        yield not_run(left, f"{about.name}: a context frontier", "the time of this stage was used up",
+        yield not_run(left, f"{about.name}: a context frontier", OUT_OF_TIME,
                       setting=setting, command=bench.command(left))  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from v4sdk_bench.record import Row, Value, judged, not_run
 from v4sdk_bench.speed.timing import sample
-from v4sdk_bench.stage import Bench, BenchError
+from v4sdk_bench.stage import OUT_OF_TIME, Bench, BenchError
 from v4sdk_bench.suites.model_rows import kernels, row_of
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def layers(bench: Bench) -> Iterator[Row]:
             yield not_run(
                 case.key,
                 _layer_name(case),
-                "the time of this stage was used up",
+                OUT_OF_TIME,
                 command=bench.command(case.key),
             )
             continue

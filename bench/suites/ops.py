@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from v4sdk_bench.record import Row, Value, judged, not_run
 from v4sdk_bench.speed.timing import Sample, load
-from v4sdk_bench.stage import Bench, BenchError, Stage
+from v4sdk_bench.stage import OUT_OF_TIME, Bench, BenchError, Stage
 
 if TYPE_CHECKING:
     import pytest
@@ -131,9 +131,9 @@ class Watch:
         self.bench.say(f"ops: {label}")
         # the ceilings are measured once more at the end
         if self.bench.left() < _CEILINGS_S[self.bench.quick] * 1.5:
-            # becomes a row that was not run; a run without --quick, or of this op alone, has the time for it
-            self.plan.left_out[label] = "the time of this stage was used up"
-            pytest.skip(self.plan.left_out[label])
+            # becomes a row that was not run
+            self.plan.left_out[label] = OUT_OF_TIME
+            pytest.skip(f"{OUT_OF_TIME}; ends without --quick, or with --only this op")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Keep failures and times."""

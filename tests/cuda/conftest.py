@@ -93,5 +93,7 @@ def cuda() -> Any:
 def interpreter() -> Any:
     """The module that makes the interpreter honest."""
     if ON_DEVICE:
-        pytest.skip("of the interpreter; runs where there is no GPU, or with TRITON_INTERPRET=1")
+        pytest.skip(
+            "of the interpreter, and a GPU is here; ends with TRITON_INTERPRET=1, or where there is no GPU"
+        )
     return importlib.import_module("v4sdk_cuda.interpreter")
