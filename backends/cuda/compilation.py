@@ -97,7 +97,7 @@ class Compiling(Launch):
         """Counters without memory."""
         if count > COUNTERS:
             raise ValueError(f"a launch wants {count} counters, expected at most {COUNTERS}")
-        return torch.empty(count, dtype=torch.int32, device=self._device)
+        return torch.empty(count, dtype=torch.int32, device=self.device)
 
 
 def examine(name: str, variant: str, arch: int, made: Any) -> Compiled:

@@ -21,13 +21,13 @@ class Launch:
     """Starts kernels on one chip.
 
     Attributes:
-        target: what tiles are chosen for. tally: counts launches by kernel while it is there.
+        target: what tiles are chosen for. device: where tensors lie. tally: counts launches by kernel while it is there.
     """
 
     def __init__(self, target: Target, device: torch.device) -> None:
         self.target = target
         self.tally: Counter[str] | None = None
-        self._device = device
+        self.device = device
         self._counters: Tensor | None = None
 
     def __call__(
@@ -53,7 +53,7 @@ class Launch:
         if count > COUNTERS:
             raise ValueError(f"a launch wants {count} counters, expected at most {COUNTERS}")
         if self._counters is None:
-            self._counters = torch.zeros(COUNTERS, dtype=torch.int32, device=self._device)
+            self._counters = torch.zeros(COUNTERS, dtype=torch.int32, device=self.device)
         return self._counters[:count]
 
 

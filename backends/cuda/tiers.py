@@ -123,7 +123,7 @@ def _tried(
 
     try:
         function = provider.make(row.function)
-        found = difference(row.op, function, launch)
+        found = difference(row.op, function, launch.device)
     except (
         Exception
     ) as exc:  # a library that does not fit this torch, driver or chip fails in any way it likes
