@@ -130,7 +130,14 @@ def _said(tool: Path, *words: str, may_fail: bool = False) -> str:
 
 
 def _variant(kernel: Any, mocks: list[Any], constants: dict[str, Any], warps: int, stages: int) -> str:
-    types = [str(m.dtype).removeprefix("torch.") if isinstance(m, Mock) else _size(m) for m in mocks]
+    types = [
+        str(m.dtype).removeprefix("torch.")
+        if isinstance(m, Mock)
+        else "any"
+        if p.do_not_specialize
+        else _size(m)
+        for m, p in zip(mocks, kernel.params, strict=False)
+    ]
     words = [f"{k}={getattr(v, 'name', v)}" for k, v in constants.items()]
     return " ".join([*words, f"warps={warps}", f"stages={stages}", f"({', '.join(types)})"])
 

@@ -38,11 +38,15 @@ QUERY_TILES: Table = {
 }
 # up to so many tokens of a decode step, pooling and storing follow in the launch of the products
 _FUSED_TOKENS = 8
-_FUSED_BLOCKS = 2
 # beyond so many tokens, tiles alone fill the chip
 _SPLIT_TOKENS = 128
 # most tokens that one program of pooling looks through
 _MOST_SCANNED = 256
+# what stands for the entries where only products are wanted: one compiled kernel then serves entries of every kind
+_NO_ENTRIES_SHAPE = (1, 1, 1)
+_NO_ENTRIES = {
+    "FUSED": False, "P": 1, "EB": 64, "OVERLAP": False, "IS_INDEX": False, "ROUNDS": False, "NATIVE": False,
+}  # fmt: skip
 
 
 class Compressor:
@@ -60,28 +64,31 @@ class Compressor:
         is_decode = batch.is_decode
         pair = state if is_decode else x.new_empty((t, 2, w), dtype=torch.float32)
         native, act = entries.dtype == torch.uint8, activation_dtype(numerics)
-        shared = (
+        given = (
             batch.positions, batch.seq_ids, batch.cu_seqlens, batch.slots, x.new_empty((t, e), dtype=act), batch.block_table,
-            batch.block_table.shape[1], norm, inv_freq, entries,
-            entries.view(torch.bfloat16) if native and not is_index else entries, *entries.shape, t, e,
-            2 * inv_freq.shape[0], w, length, ratio, eps,
+            batch.block_table.shape[1], norm, inv_freq,
         )  # fmt: skip
+        kept = (entries, entries.view(torch.bfloat16) if native and not is_index else entries, *entries.shape)
+        sizes = (t, e, 2 * inv_freq.shape[0], w, length, ratio, eps)
         constants = {
             "EB": max(64, power_of_two(e)), "OVERLAP": w == 2 * e, "DECODE": is_decode, "ACT": triton_type(act),
             "IS_INDEX": is_index, "ROUNDS": numerics.q4_index if is_index else numerics.q8_kv, "NATIVE": native,
         }  # fmt: skip
-        fused = is_decode and t <= _FUSED_TOKENS
-        self._multiply(x, wkv, wgate, ape, pair, state, shared, e, length, fused, constants)
-        if not fused:
-            self._pool(pair, state, shared, t, e, length, ratio, constants)
+        if is_decode and t <= _FUSED_TOKENS:
+            shared, fused = (*given, *kept, *sizes), {"FUSED": True, "P": min(64, power_of_two(length))}
+            self._multiply(x, wkv, wgate, ape, pair, state, shared, e, constants | fused)
+        else:
+            shared = (*given, pair, pair, *_NO_ENTRIES_SHAPE, *sizes)
+            self._multiply(x, wkv, wgate, ape, pair, state, shared, e, constants | _NO_ENTRIES)
+            self._pool(pair, state, (*given, *kept, *sizes), t, e, length, ratio, constants)
         if not is_decode:
             self._keep(pair, state, batch)
 
     def _multiply(
         self, x: Tensor, wkv: Weight, wgate: Weight, ape: Tensor, pair: Tensor, state: Tensor, shared: tuple[Any, ...],
-        e: int, length: int, fused: bool, constants: dict[str, Any],
+        e: int, constants: dict[str, Any],
     ) -> None:  # fmt: skip
-        """Fill `pair`; if `fused`, everything else as well."""
+        """Fill `pair`; with the constant FUSED everything else as well."""
         t, depth, w = x.shape[0], x.shape[1], ape.shape[1]
         x = x if x.stride(-1) == 1 else x.contiguous()
         target = self._launch.target
@@ -96,8 +103,8 @@ class Compressor:
         self._launch(
             pair_kernel, (rows, columns, split), x, x.stride(0), data_of(wkv, target), scale_of(wkv), data_of(wgate, target),
             scale_of(wgate), ape, parts, pair, counters, depth, span, state, *shared, SPLIT=split, BM=chosen.m, BN=chosen.n,
-            BK=chosen.k, KV=wkv.encoding, GATE=wgate.encoding, OPERAND=operand_type(x, wkv, wgate), FUSED=fused, G=1,
-            P=min(64, power_of_two(length)), **constants, warps=chosen.warps, stages=chosen.stages,
+            BK=chosen.k, KV=wkv.encoding, GATE=wgate.encoding, OPERAND=operand_type(x, wkv, wgate), G=1,
+            **constants, warps=chosen.warps, stages=chosen.stages,
         )  # fmt: skip
 
     def _pool(
@@ -118,7 +125,7 @@ class Compressor:
     def _keep(self, pair: Tensor, state: Tensor, batch: Batch) -> None:
         """Save the last rows of every sequence; everything that reads older ones was launched before."""
         length, width = state.shape[1], 2 * pair.shape[2]
-        rows, columns = min(32, power_of_two(length)), 256
+        rows, columns = 8, 256
         grid = (batch.num_sequences, -(-length // rows), -(-width // columns))
         self._launch(
             keep_kernel, grid, pair, state, batch.positions, batch.cu_seqlens, batch.slots, length, width, BR=rows, BC=columns,

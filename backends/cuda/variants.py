@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from v4sdk.numerics import EXACT, FAST, Numerics
+from v4sdk.numerics import EXACT, FAST, REFERENCE, Numerics
 from v4sdk.ops import OPS, inputs
 from v4sdk.ops.inputs import FLASH, LONG_DECODE, LONG_PREFILL, PRO, Draw, Geometry
 from v4sdk.weights import Weight
@@ -23,11 +23,14 @@ from .compilation import Compiling
 from .expected import complaints
 from .target import CHIPS, INTERPRET_VARIABLE, described
 
-# shapes, numerics and chips: what users run by default on every chip, the larger model on the commonest
-PLAN: tuple[tuple[Geometry, Numerics, tuple[int, ...]], ...] = (
-    (FLASH, FAST, tuple(CHIPS)),
-    (PRO, FAST, (90,)),
-)
+# shapes, numerics and chips
+Plan = tuple[tuple[Geometry, Numerics, tuple[int, ...]], ...]
+# on every change: what users run by default, on every chip
+PLAN: Plan = ((FLASH, FAST, tuple(CHIPS)),)
+# on demand: the larger model, and numerics that need more memory per tile, on the commonest chip and on the smallest
+WHOLE_PLAN: Plan = (*PLAN, (PRO, FAST, (90,)), (FLASH, REFERENCE, (120,)), (FLASH, EXACT, (90, 120)))
+# a chip that takes the tiles of another one, which sees every variant: of each kernel one is compiled
+SEES_ONE: Mapping[int, int] = {103: 100}
 # ops whose arguments come in kinds
 _KINDS: dict[str, dict[str, inputs.Make]] = {
     "compress": {
@@ -73,7 +76,9 @@ class Row:
     wrong: tuple[str, ...]
 
 
-def compile_all(names: Sequence[str], archs: Sequence[int], jobs: int) -> tuple[list[Row], list[str]]:
+def compile_all(
+    names: Sequence[str], archs: Sequence[int], jobs: int, plan: Plan = PLAN
+) -> tuple[list[Row], list[str]]:
     """Compile ops for chips, in several processes and a cache of their own.
 
     Returns:
@@ -83,20 +88,20 @@ def compile_all(names: Sequence[str], archs: Sequence[int], jobs: int) -> tuple[
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-            parts = [pool.submit(compile_op, name, arch) for name in names for arch in archs]
+            parts = [pool.submit(compile_op, name, arch, plan) for name in names for arch in archs]
             made = [part.result() for part in parts]
     return [row for rows, _ in made for row in rows], [text for _, texts in made for text in texts]
 
 
-def compile_op(name: str, arch: int) -> tuple[list[Row], list[str]]:
-    """Compile what `PLAN` wants of one op for one chip; returns like `compile_all`."""
+def compile_op(name: str, arch: int, plan: Plan = PLAN) -> tuple[list[Row], list[str]]:
+    """Compile what a plan wants of one op for one chip; returns like `compile_all`."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    launch = _Noting(arch)
+    launch = _Noting(arch, sees_one=arch in SEES_ONE and plan == PLAN)
     function = next(row.function for row in table(launch) if row.op.name == name)
     rows: dict[tuple[str, str], Row] = {}
     failed = []
-    for work in _work(name, arch):
+    for work in _work(name, arch, plan):
         launch.noted.clear()
         weights: list[Tensor] = []
         try:
@@ -118,12 +123,12 @@ def compile_op(name: str, arch: int) -> tuple[list[Row], list[str]]:
     return list(rows.values()), failed
 
 
-def _work(name: str, arch: int) -> Iterator[Work]:
+def _work(name: str, arch: int, plan: Plan) -> Iterator[Work]:
     own = getattr(inputs, name, None)
     # what that module only imports makes no arguments
     own = own if getattr(own, "__module__", "") == inputs.__name__ else None
     kinds: dict[str, inputs.Make] = _KINDS.get(name) or ({"": own} if own else {})
-    for geometry, numerics, archs in PLAN:
+    for geometry, numerics, archs in plan:
         for kind, make in kinds.items() if arch in archs else ():
             for layout in (LONG_DECODE, LONG_PREFILL):
                 label = "-".join(filter(None, (kind, geometry.name, layout.name, numerics.name)))
@@ -133,7 +138,7 @@ def _work(name: str, arch: int) -> Iterator[Work]:
     cases = OPS[name].inputs
     if not kinds and cases is not None:
         for case in cases():
-            if case.scale == FLASH.name or (case.scale == PRO.name and arch in PLAN[1][2]):
+            if any(case.scale == geometry.name and arch in archs for geometry, _, archs in plan):
                 yield Work(case.label, False, lambda case=case: case.make(torch.device("cpu")))  # type: ignore[misc]
 
 
@@ -155,8 +160,9 @@ def _on_cuda(value: Any, weights: list[Tensor], inside: bool) -> Any:
 class _Noting(Compiling):
     """Compiles, and notes kernel, variant and whether a weight is among the arguments."""
 
-    def __init__(self, arch: int) -> None:
+    def __init__(self, arch: int, sees_one: bool) -> None:
         super().__init__(described(arch, "compiled"))
+        self._sees_one = sees_one
         self.weights: set[int] = set()
         self.noted: list[tuple[str, str, bool]] = []
 
@@ -164,6 +170,8 @@ class _Noting(Compiling):
         self, kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, stages: int, **constants: Any
     ) -> None:
         """Compile, and note the variant."""
+        if self._sees_one and any(name == kernel.fn.__name__ for name, _ in self.found):
+            return
         before = len(self.launches)
         super().__call__(kernel, grid, *args, warps=warps, stages=stages, **constants)
         if self.last is not None and len(self.launches) > before:

@@ -471,9 +471,9 @@ KERNELS: tuple[Row, ...] = (
             ),
             Patch(
                 "a part of a split depth is never added",
-                "backends/cuda/kernels/linear.py",
-                "for part in range(SPLIT):",
-                "for part in range(SPLIT - 1):",
+                "backends/cuda/kernels/numbers.py",
+                "for part in tl.static_range(1, SPLIT):",
+                "for part in tl.static_range(2, SPLIT):",
                 (f"{KERNEL}[linear/tiny-decode-exact]",),
             ),
             Patch(

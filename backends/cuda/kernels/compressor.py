@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .embedding import cosine_and_sine
-from .numbers import arrive
+from .numbers import arrive, sum_parts
 from .rows import (
     entry_row,
     hadamard_rows,
@@ -15,20 +15,6 @@ from .rows import (
     store_kv,
 )
 from .weights import column_scale, input_tile, multiply, weight_tile
-
-
-@triton.jit
-def sum_parts(parts, at, size, inside, SPLIT: tl.constexpr):
-    """Add up parts [SPLIT, size] float32 at `at`, in order."""
-    total = tl.load(parts + at, mask=inside, other=0.0)
-    # small tiles: unrolled, so that all loads are on their way before the first sum
-    if at.shape[0] <= 16:
-        for part in tl.static_range(1, SPLIT):
-            total += tl.load(parts + part * size + at, mask=inside, other=0.0)
-    else:
-        for part in range(1, SPLIT):
-            total += tl.load(parts + part * size + at, mask=inside, other=0.0)
-    return total
 
 
 @triton.jit
@@ -244,7 +230,8 @@ def pool_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+# the same code for short rings and for long ones
+@triton.jit(do_not_specialize=["length"])
 def keep_kernel(pair, state, positions, starts, slots, length, width, BR: tl.constexpr, BC: tl.constexpr):
     """Write the last `length` rows of `pair` [T, width] of sequence b into its ring, BR x BC of them per program (b, i, j)."""
     b = tl.program_id(0)

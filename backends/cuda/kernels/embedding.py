@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+# the same code for one token and for many
+@triton.jit(do_not_specialize=["T"])
 def embed_kernel(ids, weight, weight_stride, y, T, N, M: tl.constexpr, BT: tl.constexpr, BLOCK: tl.constexpr):
     """y [T, M, N] = row ids[t] of weight [V, N], M times; program (t, b) copies columns b * BLOCK .. of BT tokens."""
     rows = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .numbers import arrive
+from .numbers import arrive, sum_parts
 from .weights import column_scale, input_tile, multiply, weight_tile
 
 
@@ -46,7 +46,5 @@ def linear_kernel(
         size = tl.cast(T, tl.int64) * N
         tl.store(parts + s * size + at, acc, mask=inside)
         if arrive(counters + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), SPLIT):
-            total = tl.zeros((BM, BN), tl.float32)
-            for part in range(SPLIT):
-                total += tl.load(parts + part * size + at, mask=inside, other=0.0)
+            total = sum_parts(parts, at, size, inside, SPLIT)
             tl.store(y + at, total.to(y.dtype.element_ty), mask=inside)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .linear import product
-from .numbers import arrive
+from .numbers import arrive, sum_parts
 from .weights import column_scale, input_tile, multiply, weight_tile
 
 
@@ -67,10 +67,8 @@ def finish_gated(
         tl.store(parts + 2 * part * size + at, g, mask=inside)
         tl.store(parts + (2 * part + 1) * size + at, v, mask=inside)
         if arrive(counter, SPLIT):
-            g, v = tl.zeros_like(g), tl.zeros_like(v)
-            for s in tl.static_range(SPLIT):
-                g += tl.load(parts + 2 * s * size + at, mask=inside, other=0.0)
-                v += tl.load(parts + (2 * s + 1) * size + at, mask=inside, other=0.0)
+            g = sum_parts(parts, at, 2 * size, inside, SPLIT)
+            v = sum_parts(parts + size, at, 2 * size, inside, SPLIT)
             store_gated(g, v, a, at, inside, pair, weights, limit, BETWEEN, WEIGHTED)
 
 
@@ -206,9 +204,7 @@ def shared_down_kernel(
         size = tl.cast(T, tl.int64) * N
         tl.store(parts + s * size + at, acc, mask=inside)
         if arrive(counters + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), SPLIT):
-            total = tl.zeros((BM, BN), tl.float32)
-            for part in tl.static_range(SPLIT):
-                total += tl.load(parts + part * size + at, mask=inside, other=0.0)
+            total = sum_parts(parts, at, size, inside, SPLIT)
             store_sum(total, routed, y, at, inside, BETWEEN)
 
 

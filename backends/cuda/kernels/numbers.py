@@ -134,3 +134,21 @@ def arrive(counter, total):
         tl.atomic_xchg(counter, 0, sem="relaxed")
     tl.debug_barrier()
     return last
+
+
+@triton.jit
+def sum_parts(parts, at, size, inside, SPLIT: tl.constexpr):
+    """Add up what SPLIT programs left in float32, `size` elements from one to the next: always in the same order.
+
+    Shapes:
+        at, inside [rows, columns] -> [rows, columns]; zero where not inside
+    """
+    total = tl.load(parts + at, mask=inside, other=0.0)
+    # small tiles: unrolled, so that all loads are on their way before the first sum
+    if at.shape[0] <= 16:
+        for part in tl.static_range(1, SPLIT):
+            total += tl.load(parts + part * size + at, mask=inside, other=0.0)
+    else:
+        for part in range(1, SPLIT):
+            total += tl.load(parts + part * size + at, mask=inside, other=0.0)
+    return total

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .linear import product
-from .numbers import arrive, q8_rows
+from .numbers import arrive, q8_rows, sum_parts
 from .rows import load_kv, q8_plain, rotate_pairs, store_kv, table_angles
 from .weights import column_scale, input_tile, multiply, weight_tile
 
@@ -47,12 +47,8 @@ def leave_part(
 @triton.jit
 def summed_rows(parts, rows, valid, n, T, N, SPLIT: tl.constexpr):
     """Sums over the splits of parts [SPLIT, T, N], always in the same order; zero outside."""
-    at = parts + rows[:, None].to(tl.int64) * N + n[None, :]
-    inside = valid[:, None] & (n < N)[None, :]
-    total = tl.load(at, mask=inside, other=0.0)
-    for part in tl.static_range(1, SPLIT):
-        total += tl.load(at + tl.cast(T, tl.int64) * N * part, mask=inside, other=0.0)
-    return total
+    at = rows[:, None].to(tl.int64) * N + n[None, :]
+    return sum_parts(parts, at, tl.cast(T, tl.int64) * N, valid[:, None] & (n < N)[None, :], SPLIT)
 
 
 @triton.jit
