@@ -90,7 +90,11 @@ class CudaBackend(Backend):
 
     @cached_property
     def launch(self) -> Launch:
-        """The door through which this backend's kernels start."""
+        """The door through which this backend's kernels start; imports Triton."""
+        if targets.is_interpreted():
+            from .interpreter import install
+
+            install()
         return Launch(self.target, self.device)
 
     def kernels(self) -> Sequence[Kernel[Any, Any]]:
@@ -98,10 +102,6 @@ class CudaBackend(Backend):
         if triton_problem() is not None:
             log.warning("%s: every op runs its reference; %s", triton_problem(), INSTALL_TRITON)
             return ()
-        if targets.is_interpreted():
-            from .interpreter import install
-
-            install()
         rows, self.choices = choose(self.launch, table(self.launch))
         return checked(rows) if is_debugging() else rows
 
@@ -143,6 +143,10 @@ class CudaBackend(Backend):
             return self.launch.tally
         finally:
             self.launch.tally = None
+
+    def variants(self, op: str) -> Mapping[str, Callable[..., Any]]:
+        """`routed_experts` with a launch for every step."""
+        return variants(self.launch, op) if triton_problem() is None else {}
 
     def close(self) -> None:
         """Give cached memory back to the driver."""
@@ -207,6 +211,15 @@ def table(launch: Launch) -> Sequence[Kernel[Any, Any]]:
         kernel(ops.sample, sample.sample, unserved),
         kernel(ops.feed, sample.feed, unserved),
     )
+
+
+def variants(launch: Launch, op: str) -> Mapping[str, Callable[..., Any]]:
+    """Other ways to compute an op, for benchmarks that compare; imports Triton."""
+    if op != ops.routed_experts.name:
+        return {}
+    from .unfused import UnfusedExperts
+
+    return {"unfused": UnfusedExperts(launch).routed_experts}
 
 
 def unserved(config: ModelConfig, engine: EngineConfig) -> str | None:

@@ -73,6 +73,14 @@ class Call:
         )
 
     @property
+    def is_by_rows(self) -> bool:
+        """Whether pairs go one by one, which reads an expert again for every token that chose it: no loss while few experts are
+        chosen twice.
+        """
+        tokens, experts = self.ids.shape[0], self.w1.data.shape[0]
+        return tokens <= DECODE_ROWS or (self.is_packed and self.ids.numel() <= experts)
+
+    @property
     def constants(self) -> dict[str, Any]:
         """What every kernel is compiled for."""
         return {"CHOSEN": self.ids.shape[1], "BETWEEN": self.numerics.bf16_between}
@@ -198,11 +206,9 @@ def run_experts(launch: Launch, call: Call, y: Tensor) -> None:
     """Fill y [T, N] float32."""
     from .prompt import run_prompt
 
-    tokens, experts = call.ids.shape[0], call.w1.data.shape[0]
-    # pairs one by one read an expert again for every token that chose it: no loss while few experts are chosen twice
-    if call.is_packed and (tokens <= DECODE_ROWS or call.ids.numel() <= experts):
-        run_packed_pairs(launch, call, y)
-    elif tokens <= DECODE_ROWS:
-        run_pairs(launch, call, y)
-    else:
+    if not call.is_by_rows:
         run_prompt(launch, call, y)
+    elif call.is_packed:
+        run_packed_pairs(launch, call, y)
+    else:
+        run_pairs(launch, call, y)

@@ -125,35 +125,36 @@ class PackedTiles:
 
     def __init__(self, launch: Launch, call: Call) -> None:
         self._launch, self._call = launch, call
-        self._tile = tile(PACKED, launch.target, call.u.shape[0])
-        self.most_rows, self.columns = self._tile.m, self._tile.n
+        self.tile = tile(PACKED, launch.target, call.u.shape[0])
+        self.most_rows, self.columns = self.tile.m, self.tile.n
 
     def up(self, buckets: Buckets) -> Tensor:
         """What comes between the products, spread [P, I rounded up to whole tiles]."""
-        call, chosen, (pairs, width, inner) = self._call, self._tile, self._call.sizes
-        x, a = self._spread(call.u), call.between()
+        call, chosen, (pairs, width, inner) = self._call, self.tile, self._call.sizes
+        x, a = self.spread(call.u), call.between()
         self._launch(
             packed_tile_up_kernel, (buckets.tiles, -(-inner // chosen.n)), x, x.shape[1], words(call.w1), scale_of(call.w1),
             words(call.w3), scale_of(call.w3), a, buckets.experts, buckets.slots, call.weights, pairs, inner, width // 8,
             width // 32, call.limit, BM=buckets.rows, BN=chosen.n, BK=chosen.k, warps=chosen.warps, stages=chosen.stages,
             **call.constants,
         )  # fmt: skip
-        return self._spread(a)
+        return self.spread(a)
 
     def down(self, a: Tensor, buckets: Buckets, rows: Tensor, first: int) -> None:
         """Fill rows [P, width] with every pair's columns from `first` on."""
-        call, chosen, (pairs, width, inner) = self._call, self._tile, self._call.sizes
+        call, chosen, (pairs, width, inner) = self._call, self.tile, self._call.sizes
         self._launch(
             packed_tile_down_kernel, (buckets.tiles, -(-rows.shape[1] // chosen.n)), a, a.shape[1], words(call.w2),
             scale_of(call.w2), rows, buckets.experts, buckets.slots, pairs, width, inner // 8, inner // 32, first, rows.shape[1],
             BM=buckets.rows, BN=chosen.n, BK=chosen.k, warps=chosen.warps, stages=chosen.stages,
         )  # fmt: skip
 
-    def _spread(self, x: Tensor) -> Tensor:
-        steps = -(-x.shape[1] // self._tile.k)
-        y = self._call.empty(x.shape[0], steps * self._tile.k, dtype=torch.bfloat16)
+    def spread(self, x: Tensor) -> Tensor:
+        """x [R, K] as the products want it [R, K rounded up to whole tiles]."""
+        steps = -(-x.shape[1] // self.tile.k)
+        y = self._call.empty(x.shape[0], steps * self.tile.k, dtype=torch.bfloat16)
         self._launch(
             spread_kernel, (-(-x.shape[0] // _SPREAD_ROWS), steps), x, x.stride(0), y, *x.shape, y.shape[1], ROWS=_SPREAD_ROWS,
-            BK=self._tile.k, Q8=self._call.rounds, warps=4, stages=1,
+            BK=self.tile.k, Q8=self._call.rounds, warps=4, stages=1,
         )  # fmt: skip
         return y

@@ -18,7 +18,7 @@ from v4sdk.ops import OPS, inputs
 from v4sdk.ops.inputs import FLASH, LONG_DECODE, LONG_PREFILL, PRO, Draw, Geometry
 from v4sdk.weights import Weight
 
-from .backend import table
+from .backend import table, variants
 from .compilation import Compiling
 from .expected import complaints
 from .target import CHIPS, INTERPRET_VARIABLE, described
@@ -98,7 +98,10 @@ def compile_op(name: str, arch: int, plan: Plan = PLAN) -> tuple[list[Row], list
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     launch = _Noting(arch, sees_one=arch in SEES_ONE and plan == PLAN)
-    function = next(row.function for row in table(launch) if row.op.name == name)
+    functions = [row.function for row in table(launch) if row.op.name == name]
+    if plan != PLAN:
+        # what only benchmarks run is compiled on demand
+        functions += variants(launch, name).values()
     rows: dict[tuple[str, str], Row] = {}
     failed = []
     for work in _work(name, arch, plan):
@@ -108,7 +111,8 @@ def compile_op(name: str, arch: int, plan: Plan = PLAN) -> tuple[list[Row], list
             with FakeTensorMode(), torch.no_grad():
                 args = {k: _on_cuda(v, weights, k in _MATRICES) for k, v in work.make().items()}
                 launch.weights = {_storage(t) for t in weights}
-                function(**args)
+                for function in functions:
+                    function(**args)
         except Exception as exc:  # a compiler may raise anything; the other cases still have something to say
             failed.append(f"{name}/{work.label} on {arch}: {type(exc).__name__}: {str(exc)[:500]}")
         for kernel, variant, reads in dict.fromkeys(launch.noted):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from v4sdk.config import ModelConfig
+from v4sdk.errors import ShapeError
 from v4sdk.loading import bundled_folder
 from v4sdk.numerics import EXACT, FAST, REFERENCE, Numerics
 from v4sdk.ops import OPS, inputs
@@ -251,3 +252,23 @@ def test_activations_may_be_views_with_gaps(kind: str, layout: Layout, cuda: Any
         tolerance = tolerance_for(op, e.dtype, args.get("numerics"))
         found = compare_selection(a, e, 0.01) if choices else compare(a, e, tolerance)
         assert found.ok, describe(found)
+
+
+@pytest.mark.parametrize("numerics", [FAST, REFERENCE], ids=lambda n: n.name)
+@pytest.mark.parametrize("layout", [DECODE, CHUNK, MANY], ids=lambda layout: layout.name)
+def test_experts_in_single_steps_compute_the_same(layout: Layout, numerics: Numerics, cuda: Any) -> None:
+    """What the fused experts are measured against has to do their work, by rows and in buckets."""
+    op, run = OPS["routed_experts"], cuda.variants("routed_experts")["unfused"]
+    args = arguments("routed_experts", layout, numerics)
+    expected = op(**clone(args))
+    given = map_tensors(args, cuda.place)
+    with poisoned_memory():
+        found = compare(run(**given), expected, tolerance_for(op, expected.dtype, numerics))
+    assert found.ok, describe(found)
+
+
+def test_single_steps_are_for_fp4_experts(cuda: Any) -> None:
+    args = arguments("routed_experts", DECODE, FAST, FP8_EXPERTS)
+    with pytest.raises(ShapeError, match="stacked FP4 matrices and BF16 inputs only"):
+        cuda.variants("routed_experts")["unfused"](**args)
+    assert not cuda.variants("linear")
