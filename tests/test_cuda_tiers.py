@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import importlib.machinery
 import importlib.metadata
-import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from vendor_libraries import flash_mla_sparse_fwd, install
 
 from v4sdk import ops as o
 from v4sdk.backend import kernel
@@ -46,33 +45,9 @@ def rows() -> list[Any]:
     return [kernel(OPS[name], of(name)) for name in ("sparse_attn", "rms_norm")]
 
 
-def forward(
-    q: Tensor, kv: Tensor, indices: Tensor, sm_scale: float, d_v: int, attn_sink: Tensor, use_legacy: bool
-) -> tuple[Tensor, None, None]:
-    """FlashMLA's published definition of its sparse forward pass, in torch."""
-    assert use_legacy
-    assert q.dtype == kv.dtype == torch.bfloat16
-    assert indices.dtype == torch.int32
-    assert indices.shape[2] % 128 == 0
-    assert int(indices.max()) < kv.shape[0]
-    seen = indices[:, 0] >= 0
-    rows = kv[indices[:, 0].clamp_min(0).long(), 0].float()
-    logits = torch.einsum("thd,tnd->thn", q.float(), rows) * sm_scale
-    logits = logits.masked_fill(~seen[:, None], float("-inf"))
-    top = logits.amax(-1, keepdim=True)
-    p = torch.exp(logits - top)
-    total = p.sum(-1, keepdim=True) + torch.exp(attn_sink[None, :, None] - top)
-    return ((p @ rows) / total).to(q.dtype)[..., :d_v], None, None
-
-
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    module = ModuleType("flash_mla")
-    module.__spec__ = importlib.machinery.ModuleSpec("flash_mla", None)
-    module.flash_mla_sparse_fwd = forward  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "flash_mla", module)
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.0.0")
-    return module
+    return install(monkeypatch, "sgl-flash-mla")
 
 
 def of(choices: tuple[tiers.Choice, ...], op: str) -> tiers.Choice:
@@ -90,7 +65,7 @@ def test_a_library_whose_numbers_are_right_serves_its_op() -> None:
 
 def test_a_library_whose_numbers_are_wrong_does_not(library: ModuleType) -> None:
     def wrong(*args: Any, **kwargs: Any) -> Any:
-        out, *rest = forward(*args, **kwargs)
+        out, *rest = flash_mla_sparse_fwd(*args, **kwargs)
         return out * 1.05, *rest
 
     library.flash_mla_sparse_fwd = wrong  # type: ignore[attr-defined]
@@ -110,10 +85,20 @@ def test_a_library_that_fails_is_passed_over_in_words(library: ModuleType) -> No
     )
 
 
+def test_a_library_built_from_source_serves_without_a_version(
+    library: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", unknown)
+    assert of(tiers.choose(launch(), rows())[1], "sparse_attn").by == "flash_mla from source"
+
+
 @pytest.mark.parametrize(
     ("where", "reason"),
     [
-        (launch(), "not installed"),
+        (launch(), "not installed (pip install --no-deps sgl-flash-mla)"),
         (launch(120), "has no kernels for compute capability 12.0"),
         (launch(90, "emulated"), "needs a GPU"),
     ],

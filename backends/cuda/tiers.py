@@ -28,13 +28,15 @@ class Provider:
     """A vendor's library for one op.
 
     Attributes:
-        op: it serves. module, distribution: to import, and to install. chips: compute capabilities it has kernels for.
+        op: it serves. module, distribution: to import, and to ask for its version. install: arguments of `pip install`.
+        chips: compute capabilities it has kernels for.
         make: gives a function that falls back to ours for calls the library does not take.
     """
 
     op: str
     module: str
     distribution: str
+    install: str
     chips: frozenset[int]
     make: Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -51,7 +53,7 @@ class Choice:
 
 PROVIDERS: tuple[Provider, ...] = (
     Provider(
-        "sparse_attn", flash_mla.MODULE, flash_mla.DISTRIBUTION, flash_mla.CHIPS,
+        "sparse_attn", flash_mla.MODULE, flash_mla.DISTRIBUTION, flash_mla.INSTALL, flash_mla.CHIPS,
         lambda ours: flash_mla.FlashMla(ours).sparse_attn,
     ),
 )  # fmt: skip
@@ -103,10 +105,16 @@ def _vendor(
             continue
         reason, function = _tried(launch, row, provider)
         if function is not None:
-            version = importlib.metadata.version(provider.distribution)
-            return replace(row, function=function), f"{provider.distribution} {version}", passed
+            return replace(row, function=function), _named(provider), passed
         passed.append(f"{provider.distribution}: {reason}")
     return row, None, passed
+
+
+def _named(provider: Provider) -> str:
+    try:
+        return f"{provider.distribution} {importlib.metadata.version(provider.distribution)}"
+    except importlib.metadata.PackageNotFoundError:
+        return f"{provider.module} from source"
 
 
 def _tried(
@@ -118,7 +126,7 @@ def _tried(
     if launch.target.arch not in provider.chips:
         return f"has no kernels for compute capability {launch.target.arch / 10}", None
     if importlib.util.find_spec(provider.module) is None:
-        return f"not installed (pip install --no-deps {provider.distribution})", None
+        return f"not installed (pip install {provider.install})", None
     from .probe import difference
 
     try:

@@ -17,6 +17,8 @@ from v4sdk.ops.batch import Batch
 from v4sdk.ops.rows import entry_rows, load_kv
 
 MODULE, DISTRIBUTION = "flash_mla", "sgl-flash-mla"
+# it asks for a later torch than it needs
+INSTALL = "--no-deps sgl-flash-mla"
 CHIPS = frozenset({90, 100, 103})
 HEADS, HEAD_DIM = (64, 128), 512
 # of entries decoded to BF16 beside the caches
