@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from v4sdk.numerics import FAST
+from v4sdk.numerics import FAST, REFERENCE, Numerics
 from v4sdk.ops import inputs
 from v4sdk.ops.inputs import CHUNK, FLASH, PREFILL, Draw, Make
 from v4sdk.ops.op import Op
@@ -17,8 +17,11 @@ from v4sdk.ops.op import Op
 SMALL = replace(
     FLASH, name="probe", hidden=512, q_rank=256, o_rank=128, experts=8, intermediate=256, vocab=512, topk=64
 )
-_MAKERS: dict[str, tuple[Make, ...]] = {
-    "sparse_attn": tuple(inputs.sparse_attn(kind) for kind in ("swa", "csa", "hca")),
+# by op: arguments, and numerics in which a library takes them
+_PROBES: Mapping[str, tuple[tuple[Make, Numerics], ...]] = {
+    "sparse_attn": tuple((inputs.sparse_attn(kind), FAST) for kind in ("swa", "csa", "hca")),
+    "linear": ((inputs.linear, REFERENCE),),
+    "hc_post": ((inputs.hc_post, FAST),),
 }
 
 
@@ -28,11 +31,11 @@ def difference(op: Op[..., Any], function: Callable[..., Any], device: torch.dev
     Raises:
         KeyError: nobody has said which inputs this op is probed with.
     """
-    for make in _MAKERS[op.name]:
+    for make, numerics in _PROBES[op.name]:
         for layout in (PREFILL, CHUNK):
             # drawn for each side anew: the same values, and neither can write into the other's
             got, want = (
-                run(**make(Draw(f"probe-{layout.name}", device), SMALL, FAST, layout))
+                run(**make(Draw(f"probe-{layout.name}", device), SMALL, numerics, layout))
                 for run in (function, op)
             )
             if got.shape != want.shape or got.dtype != want.dtype:

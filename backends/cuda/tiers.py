@@ -17,7 +17,7 @@ from v4sdk.errors import V4Error
 from v4sdk.ops import OPS
 
 from .launch import Launch
-from .vendor import flash_mla
+from .vendor import deep_gemm, flash_mla, tile_kernels
 
 Tier = Literal["vendor", "triton", "torch"]
 TIERS_VARIABLE = "V4SDK_CUDA_TIERS"
@@ -55,6 +55,14 @@ PROVIDERS: tuple[Provider, ...] = (
     Provider(
         "sparse_attn", flash_mla.MODULE, flash_mla.DISTRIBUTION, flash_mla.INSTALL, flash_mla.CHIPS,
         lambda ours: flash_mla.FlashMla(ours).sparse_attn,
+    ),
+    Provider(
+        "linear", deep_gemm.MODULE, deep_gemm.DISTRIBUTION, deep_gemm.INSTALL, deep_gemm.CHIPS,
+        lambda ours: deep_gemm.DeepGemm(ours).linear,
+    ),
+    Provider(
+        "hc_post", tile_kernels.MODULE, tile_kernels.DISTRIBUTION, tile_kernels.INSTALL, tile_kernels.CHIPS,
+        lambda ours: tile_kernels.TileKernels(ours).hc_post,
     ),
 )  # fmt: skip
 
