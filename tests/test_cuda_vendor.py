@@ -47,7 +47,7 @@ def test_a_provider_says_where_its_library_is(provider: Any) -> None:
 
 
 MISTAKES: dict[str, tuple[str, Callable[..., Any]]] = {
-    "logits without scale": ("sgl-flash-mla", lambda q, kv, at, _, d, **k: flash_mla_sparse_fwd(q, kv, at, 1.0, d, **k)),
+    "logits unscaled": ("sgl-flash-mla", lambda q, kv, at, _, d, **k: flash_mla_sparse_fwd(q, kv, at, 1.0, d, **k)),
     "scales of other tokens": ("sgl-deep-gemm", lambda a, b, d: fp8_gemm_nt((a[0], a[1].flip(0)), b, d)),
     "scales of other columns of tokens": ("sgl-deep-gemm", lambda a, b, d: fp8_gemm_nt((a[0], a[1].flip(1)), b, d)),
     "scales of other rows of the weight": ("sgl-deep-gemm", lambda a, b, d: fp8_gemm_nt(a, (b[0], b[1].flip(0)), d)),
