@@ -90,6 +90,13 @@ def cuda() -> Any:
 
 
 @pytest.fixture
+def gpu() -> None:
+    """For tests that only a device can pass."""
+    if not ON_DEVICE:
+        pytest.skip("needs a GPU; ends where torch finds one and TRITON_INTERPRET is not set")
+
+
+@pytest.fixture
 def interpreter() -> Any:
     """The module that makes the interpreter honest."""
     if ON_DEVICE:
