@@ -45,7 +45,7 @@ def test_a_captured_step_computes_what_the_step_computes(cuda: Any, monkeypatch:
 def written(backend: Any, params: SamplingParams) -> list[Any]:
     """Ids and log probabilities, bit for bit."""
     with Session.load(backend=backend) as session:
-        answers = [session.chat([{"role": "user", "content": text}], params) for text in PROMPTS]
+        answers = [session.chat([{"role": "user", "content": text}], params=params) for text in PROMPTS]
     return [(one.ids, one.logprobs) for one in answers]
 
 
