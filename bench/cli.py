@@ -19,6 +19,7 @@ from v4sdk_bench.parity.cli import compare, invariances
 from v4sdk_bench.report.cli import report
 
 if TYPE_CHECKING:
+    from v4sdk.backend import Backend
     from v4sdk_bench.record import Record
     from v4sdk_bench.run import Event
     from v4sdk_bench.stage import Stage
@@ -97,7 +98,7 @@ def run(
     options = runner.Options(
         chosen, backend, quick, model, seed, only, _golden(golden), _peers(peers), threads
     )
-    name = plugins.select(backend).name
+    subject = plugins.select(backend)
     plan = runner.stages(options)
     with ExitStack() as stack:
         shown = bool(only) and output is None
@@ -106,8 +107,8 @@ def run(
             output = (
                 Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="v4sdk-bench-"))) / "part.json"
             )
-        output = output or _default_output(name, quick)
-        _say_budgets(plan, quick)
+        output = output or _default_output(subject.name, quick)
+        _say_budgets(plan, quick, subject)
         screen = Screen()
         try:
             record = runner.run(options, output, shlex.join(["v4sdk", *sys.argv[1:]]), screen.show, restart)
@@ -206,10 +207,10 @@ def _peers(given: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
-def _say_budgets(plan: Sequence[Stage], quick: bool) -> None:
+def _say_budgets(plan: Sequence[Stage], quick: bool, backend: Backend) -> None:
     seconds: dict[str, float] = {}
     for stage in plan:
-        seconds[stage.suite] = seconds.get(stage.suite, 0) + (stage.quick_s if quick else stage.full_s)
+        seconds[stage.suite] = seconds.get(stage.suite, 0) + stage.budget_s(quick, backend)
     listed = ", ".join(f"{suite} {total / 60:.1f}" for suite, total in seconds.items())
     click.echo(f"budgets in minutes: {listed}; {sum(seconds.values()) / 60:.1f} in all", err=True)
 

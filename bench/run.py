@@ -209,7 +209,7 @@ def _device(backend: Backend) -> dict[str, Any] | None:
 def _run_stage(stage: Stage, bench: Bench, output: Path, on_event: OnEvent) -> None:
     """Run one stage; what goes wrong inside it breaks this stage, not the run."""
     began = saved = time.monotonic()
-    budget = stage.quick_s if bench.quick else stage.full_s
+    budget = stage.budget_s(bench.quick, bench.backend)
     bench.deadline = began + budget
     bench.say = lambda text: on_event(Event("say", text))
     state, note = "done", ""

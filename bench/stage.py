@@ -85,13 +85,20 @@ class Stage:
 
     Attributes:
         name: `suite/part`. run: yields rows; may raise `V4Error`, which breaks this stage only.
-        quick_s, full_s: seconds it may take.
+        quick_s, full_s: seconds it may take. emulated_s: without --quick, where the backend only emulates its device.
     """
 
     name: str
     run: Callable[[Bench], Iterator[Row]]
     quick_s: float
     full_s: float
+    emulated_s: float | None = None
+
+    def budget_s(self, quick: bool, backend: Backend) -> float:
+        """Seconds it may take on this backend."""
+        if self.emulated_s is not None and not quick and backend.evidence == "emulated":
+            return self.emulated_s
+        return self.quick_s if quick else self.full_s
 
     @property
     def suite(self) -> str:

@@ -327,3 +327,13 @@ def test_restart_replaces_records_and_nothing_else(tmp_path: Path, plant: Callab
     damaged.write_text(damaged.read_text()[:300])
     start(damaged, restart=True)
     assert keys(damaged) == ["parity/1"]
+
+
+@pytest.mark.parametrize(
+    ("quick", "evidence", "seconds"),
+    [(True, "emulated", 1), (False, "emulated", 3), (False, "reference", 2), (False, "device", 2)],
+)
+def test_an_emulated_device_has_a_time_of_its_own(quick: bool, evidence: str, seconds: float) -> None:
+    stage = Stage("parity/op", rows(), 1, 2, emulated_s=3)
+    backend = SimpleNamespace(evidence=evidence)
+    assert stage.budget_s(quick, backend) == seconds  # type: ignore[arg-type]

@@ -243,7 +243,8 @@ def tasks(bench: Bench) -> Iterator[Row]:
 
 
 STAGES: tuple[Stage, ...] = (
-    Stage("parity/op", ops, 25, 120),
+    # an interpreter takes a second where a kernel takes a millisecond
+    Stage("parity/op", ops, 25, 120, emulated_s=1800),
     Stage("parity/golden", golden, 25, 120),
     Stage("parity/layer", layer, 8, 60),
     Stage("parity/model", model, 30, 180),
