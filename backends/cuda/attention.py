@@ -21,9 +21,12 @@ from .tiles import Table, Tile, tile
 # rows (heads, and tokens where heads are few), keys of one step, keys of one program of those that share a decoded token
 TILES: Table = {
     ("any", "decode"): Tile(16, 32, 128, 8, 1),
+    # FP8 is decoded by integer instructions, which take registers of their own
+    ("80", "decode"): Tile(16, 16, 128, 8, 1),
     ("90", "decode"): Tile(16, 32, 128, 8, 2),
     ("100", "decode"): Tile(16, 32, 128, 8, 2),
     ("any", "prefill"): Tile(16, 32, 1024, 8, 1),
+    ("80", "prefill"): Tile(16, 16, 1024, 8, 1),
     ("90", "prefill"): Tile(64, 32, 1024, 8, 1),
 }
 # float32 operands

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from .backend import table
-from .compilation import Compiling
+from .compilation import Compiling, triton_version
+from .expected import SPILLS
 from .target import CHIPS, INTERPRET_VARIABLE, described
 from .variants import PLAN, WHOLE_PLAN, Row, compile_all
 
@@ -187,6 +188,9 @@ def main() -> int:
             encoding="utf-8",
         )
     print(markdown(rows))
+    for (kernel, arch, version), reason in SPILLS.items():
+        if version == triton_version() and any((r.kernel, r.arch) == (kernel, arch) for r in rows):
+            print(f"accepted: {kernel} on {arch} spills registers: {reason}")
     print(f"{distinct(rows)} variants by Triton {triton.__version__} in {time.monotonic() - begin:.0f} s")
     wrong = judge(rows, failed, found, None if options.whole else MOST_VARIANTS)
     print("\n".join(wrong) or "nothing is wrong")

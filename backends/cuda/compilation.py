@@ -38,7 +38,7 @@ class Compiled:
         registers, stack_bytes, shared_bytes: as the assembler reports them. instructions: how many of each kind; none where the
             disassembler of this version of Triton does not know the chip.
         widest_load: bytes of its widest load from global memory.
-        dots: matrix products in its source, as (operand type, rows, columns).
+        dots: matrix products in its source, as (operand type, rows, columns). triton: version of the compiler, as major.minor.
     """
 
     kernel: str
@@ -50,6 +50,7 @@ class Compiled:
     instructions: Mapping[str, int]
     widest_load: int
     dots: tuple[tuple[str, int, int], ...] = ()
+    triton: str = ""
 
     @property
     def spills(self) -> int:
@@ -60,6 +61,13 @@ class Compiled:
     def tensor_cores(self) -> tuple[str, ...]:
         """Kinds of matrix instructions in it."""
         return tuple(sorted({name for name in self.instructions if TENSOR_CORES.match(name)}))
+
+
+def triton_version() -> str:
+    """Of the compiler at hand, as major.minor."""
+    import triton
+
+    return ".".join(triton.__version__.split(".")[:2])
 
 
 class Compiling(Launch):
@@ -122,6 +130,7 @@ def examine(name: str, variant: str, arch: int, made: Any) -> Compiled:
         name, variant, arch, int(found[1]), int(found[2]) + int(found[4]), made.metadata.shared, dict(short),
         max(widths, default=4 if short["LDG"] else 0),
         tuple(sorted({(kind, int(m), int(n)) for kind, m, n in _DOT.findall(made.asm["ttir"])})),
+        triton_version(),
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from .tiles import Table, Tile, tile
 # both products in one program; `split` is the most parts of the depth: as many as fill the chip are taken
 PAIR_TILES: Table = {
     ("any", "decode"): Tile(16, 32, GROUP, 4, 3, split=16),
+    ("100", "decode"): Tile(16, 32, GROUP, 8, 3, split=16),
     ("any", "prefill"): Tile(64, 32, 64, 4, 3, split=8),
     ("90", "prefill"): Tile(128, 64, 64, 8, 3, split=8),
     ("100", "prefill"): Tile(128, 64, 64, 8, 3, split=8),
@@ -28,7 +29,7 @@ PAIR_TILES: Table = {
 # n channels at a time of as many blocks as have k positions, padded
 POOL_TILES: Table = {
     ("any", "decode"): Tile(1, 64, 32, 4, 1),
-    ("any", "prefill"): Tile(1, 64, 32, 4, 1),
+    ("any", "prefill"): Tile(1, 64, 16, 4, 1),
 }
 # n is for head weights; queries take whole heads
 QUERY_TILES: Table = {

@@ -42,6 +42,14 @@ FLOAT32_PRODUCTS: Mapping[str, str] = {
 }
 # (kernel, chip) to reason: large tiles that the compiler gives the instructions of small ones
 SMALL_PRODUCTS: Mapping[tuple[str, int], str] = {}
+# (kernel, chip, version of Triton) to reason: registers that do not suffice there
+SPILLS: Mapping[tuple[str, int, str], str] = {
+    (
+        "prompt_kernel",
+        90,
+        "3.6",
+    ): "sums of 64 rows leave 3.6 too few registers, with 16, 32 or 64 keys a step; 3.9 fits",
+}
 # bytes of the widest load of a kernel that reads weights; exceptions as kernel to (bytes, reason)
 WIDE_LOAD = 16
 NARROW_LOADS: Mapping[str, tuple[int, str]] = {}
@@ -59,11 +67,12 @@ def complaints(made: Compiled, target: Target, reads_weights: bool, is_exact: bo
         found.append(f"{made.shared_bytes:,} bytes of shared memory, the chip has {target.shared_bytes:,}")
     if is_exact:
         return found
-    if made.stack_bytes:
+    accepted = (made.kernel, made.arch, made.triton) in SPILLS
+    if made.stack_bytes and not accepted:
         found.append(f"{made.stack_bytes} bytes of stack, expected none")
     if not made.instructions:
         return found
-    if made.spills:
+    if made.spills and not accepted:
         found.append(f"{made.spills} loads and stores of spilled registers, expected none")
     least = NARROW_LOADS.get(made.kernel, (WIDE_LOAD, ""))[0]
     if reads_weights and made.widest_load < least:

@@ -152,6 +152,16 @@ def test_exact_numerics_only_have_to_fit() -> None:
     ]
 
 
+def test_spills_are_accepted_of_one_kernel_with_one_compiler() -> None:
+    expected = importlib.import_module("v4sdk_cuda.expected")
+    for (kernel, arch, version), reason in expected.SPILLS.items():
+        assert reason
+        target = importlib.import_module("v4sdk_cuda.target").described(arch, "compiled")
+        spilt = {"kernel": kernel, "arch": arch, "stack_bytes": 8, "instructions": {"STL": 2, "HGMMA": 1}}
+        assert not expected.complaints(variant(**spilt, triton=version), target, True, False)
+        assert len(expected.complaints(variant(**spilt, triton="3.9"), target, True, False)) == 2
+
+
 @pytest.mark.parametrize(
     ("now", "said"),
     [

@@ -177,7 +177,8 @@ def load_plane(x, rows, width, step, S, PLANE: tl.constexpr, BK: tl.constexpr):
 @triton.jit
 def plane_scale(scale, BK: tl.constexpr):
     """Bytes [BN, BK / 32] as BF16 [BN, BK / 4], each 2**62 times the scale."""
-    bits = tl.minimum(scale.to(tl.int16) + 62, 254) << 7
+    # Triton 3.6 takes the smaller of int16 and a number as int32
+    bits = (tl.minimum(scale.to(tl.int16) + 62, 254) << 7).to(tl.int16)
     wide = tl.broadcast_to(bits[:, :, None], (scale.shape[0], BK // 32, 8))
     return tl.reshape(wide, (scale.shape[0], BK // 4)).to(tl.bfloat16, bitcast=True)
 
