@@ -1,0 +1,103 @@
+"""Every function of a vendor that this plugin may call, with the arguments it passes: the table, and the calls themselves.
+
+The table is `contract.toml`. No call goes around `Vendor.call`, so what is passed, what the live schema has and what the
+table promises can be held against each other.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from typing import Any, Literal
+
+import torch
+
+from .chip import Family
+
+Pack = Literal["transformer", "vendorpack", "stock"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A row of the table.
+
+    Attributes:
+        pack: who ships it. library: its namespace in the dispatcher ("npu", "_C_ascend", ..). name: as registered there.
+        positional, keyword: names of all arguments that this plugin passes, in the vendor's spelling and order.
+        since: first torch_npu (or pack) version with all of them. chips: families its documents list.
+        source: "wheel", whose schemas are committed and checked, or "transcribed": from a document at a commit.
+    """
+
+    pack: Pack
+    library: str
+    name: str
+    positional: tuple[str, ...]
+    keyword: tuple[str, ...]
+    since: str
+    chips: frozenset[Family]
+    source: Literal["wheel", "transcribed"]
+    document: str = ""
+
+    @property
+    def key(self) -> str:
+        """Library and name: how providers and records call it."""
+        return f"{self.library}.{self.name}"
+
+
+@cache
+def contract() -> Mapping[str, Call]:
+    """All rows by key."""
+    raw = tomllib.loads(files(__package__).joinpath("contract.toml").read_text(encoding="utf-8"))
+    rows = [
+        Call(
+            row["pack"], row["library"], row["name"], tuple(row.get("positional", ())), tuple(row.get("keyword", ())),
+            row["since"], frozenset(row["chips"]), row["source"], row.get("document", ""),
+        )
+        for row in raw["call"]
+    ]  # fmt: skip
+    return {row.key: row for row in rows}
+
+
+def lacks(call: Call) -> str | None:
+    """Why a call cannot be made here, by the live dispatcher; None if it has the op and every argument we pass."""
+    schemas = _schemas(call)
+    if not schemas:
+        return f"{call.key} is not registered here"
+    wanted = {*call.positional, *call.keyword}
+    missing = min((sorted(wanted - {a.name for a in s.arguments}) for s in schemas), key=len)
+    return f"{call.key} has no argument {', '.join(missing)}, which came with {call.since}" if missing else None
+
+
+def _schemas(call: Call) -> list[Any]:
+    packet = getattr(getattr(torch.ops, call.library), call.name, None)
+    return [getattr(packet, name)._schema for name in packet.overloads()] if packet is not None else []
+
+
+@dataclass
+class Vendor:
+    """Makes the calls.
+
+    Attributes:
+        observers: told (key, positional values, keyword values) before every call; tests and the device test record with it.
+    """
+
+    observers: list[Callable[[str, tuple[Any, ...], Mapping[str, Any]], None]] = field(default_factory=list)
+
+    def call(self, key: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a vendor's function; only what its row names may be passed.
+
+        Raises:
+            KeyError: the table has no such row. TypeError: an argument is passed that the row does not name.
+        """
+        row = contract()[key]
+        if len(args) > len(row.positional) or not kwargs.keys() <= {*row.keyword, *row.positional[len(args) :]}:
+            passed = [f"{len(args)} positional", *kwargs]
+            raise TypeError(
+                f"{key} is passed {', '.join(passed)}; its row of the contract names {', '.join((*row.positional, *row.keyword))}"
+            )
+        for told in self.observers:
+            told(key, args, kwargs)
+        return getattr(getattr(torch.ops, row.library), row.name)(*args, **kwargs)
