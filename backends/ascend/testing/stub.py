@@ -10,6 +10,7 @@ then runs is the vendor's Python, its dispatcher and its shape functions; nothin
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.util
 import os
 import shutil
@@ -45,7 +46,9 @@ _BODIES = {
 class StubError(V4Error):
     """The stand-in cannot be built here."""
 
-    way_out = "apt-get install gcc binutils, or run the tests of the vendor's wheel on a machine that has them"
+    way_out = (
+        "apt-get install gcc binutils, or run the tests of the vendor's wheel on a machine that has them"
+    )
 
 
 def missing_symbols(wheel: Path) -> tuple[str, ...]:
@@ -66,8 +69,9 @@ def missing_symbols(wheel: Path) -> tuple[str, ...]:
         raise StubError("torch is not installed, beside which the wheel is to load", hint="pip install torch")
     libraries = [*loaded, *sorted((Path(torch.origin).parent / "lib").glob("*.so*"))]
     needed = _symbols(loaded, "--undefined-only") - _symbols(libraries, "--defined-only")
-    # a version ("@GLIBC_2.17") says that the name is one of the system's libraries
-    names = sorted(n for n in needed if "@" not in n and not n.startswith(("Py", "_Py")))
+    # those of the system's libraries have a version ("@GLIBC_2.17"), or this process has them as it has Python's own
+    here = ctypes.CDLL(None)
+    names = sorted(n for n in needed if "@" not in n and not hasattr(here, n))
     mangled = [n for n in names if n.startswith("_Z")]
     if mangled:
         raise StubError(
@@ -89,7 +93,13 @@ def build(wheel: Path, out: Path) -> tuple[str, ...]:
     names = missing_symbols(wheel)
     plain = (f"long {name}(void) {{ return 0; }}" for name in names if name not in _BODIES)
     source = "\n".join(
-        ("#include <stdlib.h>", "static long thing;", *(_BODIES[n] for n in names if n in _BODIES), *plain, "")
+        (
+            "#include <stdlib.h>",
+            "static long thing;",
+            *(_BODIES[n] for n in names if n in _BODIES),
+            *plain,
+            "",
+        )
     )
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as scratch:
@@ -99,7 +109,9 @@ def build(wheel: Path, out: Path) -> tuple[str, ...]:
             command = [compiler, "-shared", "-fPIC", "-w", f"-Wl,-soname,{file}", "-o", str(made), "-xc", "-"]
             ran = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
             if ran.returncode:
-                raise StubError(f"gcc cannot compile {file}: {(ran.stderr.strip().splitlines() or ['no message'])[-1]}")
+                raise StubError(
+                    f"gcc cannot compile {file}: {(ran.stderr.strip().splitlines() or ['no message'])[-1]}"
+                )
             # whole or not at all: tests of several processes may build into one folder
             made.replace(out / file)
     return names
