@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = ["Piece", "Result", "SamplingParams", "Sequence", "Session", "V4Error", "__version__", "hookimpl"]
+
+# torch would import every vendor's extension that is installed, and fail with one that does not load; here a backend
+# loads its own when it is chosen
+os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 # torch takes most of a second to import; `v4sdk --help` and plugin discovery must not pay for it
 _HOMES = {

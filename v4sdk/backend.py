@@ -15,7 +15,7 @@ from torch import Tensor
 
 from v4sdk.config import ModelConfig
 from v4sdk.errors import KernelMismatch, V4Error
-from v4sdk.numerics import FAST, KVFormat, Numerics
+from v4sdk.numerics import FAST, KV_FORMATS, KVFormat, Numerics
 from v4sdk.ops import OPS
 from v4sdk.ops.op import Op, OpTable, copy_out
 from v4sdk.weights import ExpertWeights, Weight, stack
@@ -163,6 +163,7 @@ class Backend(ABC):
         priority: `auto` takes the available backend with the highest; 0 is the plain CPU.
         evidence: the strongest evidence this backend's results carry on this machine.
         pages_experts: whether `page_experts` works here.
+        kv_formats: how its cache rows may be stored; the first is taken where the numerics' own is not among them.
         known_gaps: `op/case` to cause, for conformance cases known to fail; an unexpected pass is a failure.
     """
 
@@ -171,11 +172,22 @@ class Backend(ABC):
     priority: int = 0
     evidence: Evidence = "reference"
     pages_experts: bool = False
+    kv_formats: tuple[KVFormat, ...] = KV_FORMATS
     known_gaps: Mapping[str, str] = {}
 
     @abstractmethod
     def unavailable(self) -> str | None:
-        """None if usable here, or the reason in words. Must not allocate on the device."""
+        """None if usable here, or the reason in words. Must not allocate on the device.
+
+        Every installed backend is asked when they are listed: what another vendor's library would mind, wait for `open`.
+        """
+
+    def open(self) -> None:  # noqa: B027 - optional by contract, most have found everything by then
+        """Load the vendor's libraries and find the device, once this backend was chosen (optional; may be called again).
+
+        Raises:
+            BackendUnavailable: it cannot run here: the reason alone, and the way out.
+        """
 
     @property
     @abstractmethod
@@ -265,6 +277,21 @@ class Backend(ABC):
     def doctor(self) -> Sequence[DoctorRow]:
         """What a user needs to know about this device's software (optional)."""
         return ()
+
+    def failure(self, error: RuntimeError) -> str | None:
+        """What the device reported, in one line, if this exception came from it (optional; None: it did not)."""
+        return None
+
+    def device_test(self) -> Sequence[DoctorRow] | None:
+        """Run the ops on the device against their references, in about a minute, and keep what was found (optional).
+
+        Returns:
+            What to show; a row that is not ok has failed. None: this backend has no such test.
+
+        Raises:
+            BackendUnavailable: there is no device here that could be tested.
+        """
+        return None
 
     def convert_targets(self) -> Sequence[str]:
         """Weight layouts this backend can convert a checkpoint to (optional)."""

@@ -47,3 +47,9 @@ def translated(backend: Backend) -> Iterator[None]:
     except _OF_DEVICE as exc:
         first = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
         raise DeviceFailed(f"backend `{backend.name}` failed: {first}") from exc
+    except RuntimeError as exc:
+        # extensions of torch raise its plainest error for what a device reports; whose it is, only the backend knows
+        said = backend.failure(exc)
+        if said is None:
+            raise
+        raise DeviceFailed(f"backend `{backend.name}` failed: {said}") from exc

@@ -257,7 +257,21 @@ def _choices(options: LoadOptions) -> tuple[Numerics, KVFormat, Backend]:
     numerics = options.numerics or DEFAULT_NUMERICS
     chosen = numerics if isinstance(numerics, Numerics) else numerics_of(numerics)
     backend = options.backend if isinstance(options.backend, Backend) else plugins.select(options.backend)
-    return chosen, kv_format_of(options.kv_format, chosen), backend
+    # one that was handed in may not have been opened yet
+    backend.open()
+    return chosen, _kv_format(options.kv_format, chosen, backend), backend
+
+
+def _kv_format(asked: str | None, chosen: Numerics, backend: Backend) -> KVFormat:
+    found = kv_format_of(asked, chosen)
+    if found in backend.kv_formats:
+        return found
+    if asked is None:
+        return backend.kv_formats[0]
+    raise ConfigError(
+        f"KV format `{found}` cannot be kept by backend `{backend.name}` here, expected {' or '.join(backend.kv_formats)}",
+        hint=f"--kv-format {backend.kv_formats[0]}, or leave the option out",
+    )
 
 
 def _facts(checkpoint: Checkpoint, chosen: Numerics, backend: Backend) -> Mapping[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,7 @@ class BackendStatus:
 
     Attributes:
         state: `available`, `unavailable` or `broken`; reason: in words, None when available.
+        hint: the way out, where the backend told one.
         backend: an instance, None when broken.
     """
 
@@ -55,6 +56,7 @@ class BackendStatus:
     state: str
     reason: str | None
     backend: Backend | None
+    hint: str | None = None
 
 
 def load(name: str) -> Plugin:
@@ -90,11 +92,20 @@ def select(name: str | None = None) -> Backend:
     name = name or os.environ.get(BACKEND_VARIABLE) or AUTO
     if name == AUTO:
         return _best(statuses())
+    return _usable(opened(name))
+
+
+def opened(name: str) -> BackendStatus:
+    """Describe one backend as `select` would find it: its own libraries are loaded, and no other plugin is.
+
+    Raises:
+        UnknownBackend: no plugin has that name, or the plugin of that name offers no backend.
+    """
     status = _status(load(name))
     if status is None:
         known = [plugin.name for plugin in load_all() if _offers_backend(plugin)]
         raise _unknown(name, known, f"plugin `{name}` offers no backend")
-    return _usable(status)
+    return _opened(status)
 
 
 def statuses() -> list[BackendStatus]:
@@ -178,14 +189,28 @@ def _instance(plugin: Plugin) -> Backend:
 
 
 def _best(found: Iterable[BackendStatus]) -> Backend:
-    usable = [
-        status.backend for status in found if status.backend is not None and status.state == "available"
-    ]
-    if not usable:
-        raise BackendUnavailable(
-            "no installed backend can be used here", hint="v4sdk backends lists the reasons"
-        )
-    return max(usable, key=lambda backend: backend.priority)
+    usable = [status for status in found if status.backend is not None and status.state == "available"]
+    for status in sorted(usable, key=_priority, reverse=True):
+        status = _opened(status)
+        if status.backend is not None and status.state == "available":
+            return status.backend
+    raise BackendUnavailable("no installed backend can be used here", hint="v4sdk backends lists the reasons")
+
+
+def _priority(status: BackendStatus) -> int:
+    return status.backend.priority if status.backend else 0
+
+
+def _opened(status: BackendStatus) -> BackendStatus:
+    if status.backend is None:
+        return status
+    try:
+        status.backend.open()
+    except BackendUnavailable as exc:
+        return replace(status, state="unavailable", reason=exc.message, hint=exc.hint)
+    except Exception as exc:
+        return replace(status, state="broken", reason=_reason(exc), backend=None)
+    return status
 
 
 def _usable(status: BackendStatus) -> Backend:
@@ -197,7 +222,8 @@ def _usable(status: BackendStatus) -> Backend:
     if status.reason is not None:
         raise BackendUnavailable(
             f"backend `{status.name}` cannot be used here: {status.reason}",
-            hint=f"v4sdk doctor --backend {status.name} shows what was looked for; --backend {AUTO} takes one that works",
+            hint=status.hint
+            or f"v4sdk doctor --backend {status.name} shows what was looked for; --backend {AUTO} takes one that works",
         )
     return status.backend
 

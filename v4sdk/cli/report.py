@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from v4sdk.cli.tables import show_table
 from v4sdk.errors import V4Error
 
 if TYPE_CHECKING:
-    from v4sdk.backend import Backend, Binding
+    from v4sdk.backend import Backend, Binding, DoctorRow
     from v4sdk.config import ModelConfig
     from v4sdk.testing import CaseResult, Report
 
@@ -101,19 +102,43 @@ def info(checkpoint: str | None, revision: str | None, as_json: bool) -> None:
 
 
 @click.command()
-@click.option("--backend", metavar="NAME", help="Only this backend; exit 1 if it cannot be used.")
-def doctor(backend: str | None) -> int:
+@click.option(
+    "--backend", metavar="NAME", help="Only this backend, opened as for a run; exit 1 if it cannot be used."
+)
+@click.option(
+    "--device-test",
+    is_flag=True,
+    help="Run the ops of --backend on its device against their references and keep what was found; exit 1 if one differs.",
+)
+def doctor(backend: str | None, device_test: bool) -> int:
     """Show what was found on this machine, and what is missing."""
-    found = [status for status in plugins.statuses() if backend in (None, status.name)]
-    if not found:
-        plugins.select(backend)
+    if device_test:
+        if backend is None:
+            raise click.UsageError("--device-test wants --backend NAME")
+        return _device_test(plugins.select(backend))
+    found = plugins.statuses() if backend is None else [plugins.opened(backend)]
     show_table(("subject", "found", "state or way out"), _machine_rows(), "machine")
     for status in found:
-        rows = [["usable here", status.reason or "yes", status.state]]
-        for row in status.backend.doctor() if status.backend else ():
-            rows.append([row.subject, row.finding, "ok" if row.ok else row.hint or "missing"])
+        rows = [["usable here", status.reason or "yes", status.hint or status.state]]
+        rows += _doctor_rows(status.backend.doctor() if status.backend else ())
         show_table(("subject", "found", "state or way out"), rows, f"backend {status.name}")
     return int(backend is not None and any(status.state != "available" for status in found))
+
+
+def _doctor_rows(rows: Sequence[DoctorRow], bad: str = "missing") -> list[list[str]]:
+    return [[row.subject, row.finding, "ok" if row.ok else row.hint or bad] for row in rows]
+
+
+def _device_test(backend: Backend) -> int:
+    rows = backend.device_test()
+    if rows is None:
+        raise V4Error(
+            f"backend `{backend.name}` has no device test",
+            hint=f"v4sdk conformance --backend {backend.name} compares its ops with their references",
+        )
+    columns = ("subject", "found", "state or way out")
+    show_table(columns, _doctor_rows(rows, "failed"), f"device test of {backend.name}")
+    return int(not all(row.ok for row in rows))
 
 
 def _machine_rows() -> list[list[str]]:
