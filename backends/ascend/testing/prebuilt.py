@@ -58,10 +58,8 @@ class Built:
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Built:
         """From a committed table."""
-        return cls(
-            *(tuple(raw[key].split()) for key in ("inputs", "outputs", "attributes")),
-            tuple(tuple(row.split()) for row in raw["dtypes"]),
-        )
+        inputs, outputs, attributes = (tuple(raw[key].split()) for key in ("inputs", "outputs", "attributes"))
+        return cls(inputs, outputs, attributes, tuple(tuple(row.split()) for row in raw["dtypes"]))
 
 
 def read(archive: zipfile.ZipFile) -> dict[str, dict[str, Built]]:
@@ -76,14 +74,11 @@ def read(archive: zipfile.ZipFile) -> dict[str, dict[str, Built]]:
 
 def _built(binaries: list[dict[str, Any]]) -> Built:
     first = binaries[0]
+    inputs, outputs = (tuple(t["name"] for t in _tensors(first, key)) for key in ("inputs", "outputs"))
     rows = {
         tuple(str(t["dtype"]) for key in ("inputs", "outputs") for t in _tensors(b, key)) for b in binaries
     }
-    return Built(
-        *(tuple(t["name"] for t in _tensors(first, key)) for key in ("inputs", "outputs")),
-        tuple(a["name"] for a in first.get("attrs") or ()),
-        tuple(sorted(rows)),
-    )
+    return Built(inputs, outputs, tuple(a["name"] for a in first.get("attrs") or ()), tuple(sorted(rows)))
 
 
 def _tensors(binary: dict[str, Any], key: str) -> list[dict[str, Any]]:

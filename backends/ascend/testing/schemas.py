@@ -25,7 +25,11 @@ from v4sdk.errors import V4Error
 
 from . import prebuilt
 
-_TYPE = r"(?:(?:Tensor|int|float|bool|str|Scalar|ScalarType|Device|Layout|MemoryFormat|Generator|SymInt|Dimname|Storage|__torch__[\w.]+)(?:\([a-z]!?\)|!)?(?:\?|\[\d*\])*)"
+_WORDS = (
+    r"Tensor|int|float|bool|str|Scalar|ScalarType|SymInt|Device|Layout|MemoryFormat|Generator|Dimname|Storage"
+    r"|__torch__[\w.]+"
+)
+_TYPE = rf"(?:(?:{_WORDS})(?:\([a-z]!?\)|!)?(?:\?|\[\d*\])*)"
 _NAME = re.compile(r"([A-Za-z_]\w*)(?:\.(\w+))?\(")
 _ARGUMENT = re.compile(rf"({_TYPE})\s+(\w+)(?:\s*=\s*(.+))?")
 _RETURN = re.compile(rf"({_TYPE})(?:\s+\w+)?")
@@ -45,7 +49,7 @@ class WheelError(V4Error):
 
 @dataclass(frozen=True)
 class Argument:
-    """An argument of an op: its name, type as written, default as written (None: it must be passed), and whether by keyword only."""
+    """An argument of an op: name, type as written, default as written (None: it must be passed), whether by keyword only."""
 
     name: str
     type: str
