@@ -1,0 +1,66 @@
+"""The NPU's own name and clock: what a record needs before anything in it may be called measured."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from .probe import Device, Machine
+
+_ROUNDS = 20
+_NUMBERS = 1 << 24
+_SMI_TIMEOUT_S = 10
+
+
+def identity(device: Device, machine: Machine) -> Mapping[str, str | float]:
+    """Name, UUID, driver and versions of an NPU, and the median seconds of a small kernel that has just run on it, by events."""
+    devices = torch.get_device_module("npu")
+    values = torch.rand(_NUMBERS, device=torch.device("npu", device.index))
+    return {
+        "name": device.name,
+        "uuid": uuid(devices, device.index) or "unknown",
+        "driver": machine.driver or "unknown",
+        "kernel_s": seconds(devices, lambda: values.mul_(1.0)),
+        "soc_code": float(device.code),
+        "torch_npu": device.torch_npu,
+        "cann": device.cann or machine.cann or "unknown",
+        "memory_bytes": float(device.memory[1]) if device.memory else 0.0,
+    }
+
+
+def uuid(devices: Any, index: int) -> str | None:
+    """The device's UUID by torch_npu, which has it from 2.13 on; else its die's or board's number by npu-smi; else None."""
+    said = getattr(devices.get_device_properties(index), "uuid", None)
+    if said is not None and str(said).strip("0-"):
+        return f"NPU-{said}"
+    try:
+        ran = subprocess.run(
+            ["npu-smi", "info", "-t", "board", "-i", str(index)],
+            capture_output=True, text=True, timeout=_SMI_TIMEOUT_S, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    found = re.search(r"^\s*(?:VDie ID|Serial Number)\s*:\s*(\S.*?)\s*$", ran.stdout, re.MULTILINE)
+    return f"NPU-{'-'.join(found[1].split())}" if found else None
+
+
+def seconds(devices: Any, work: Callable[[], object], rounds: int = _ROUNDS) -> float:
+    """Median seconds of a piece of work by the device's own clock.
+
+    Args:
+        devices: `torch.npu`. work: starts kernels on the current stream.
+    """
+    found: list[float] = []
+    for _ in range(rounds):
+        start, end = (devices.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        # events count in milliseconds
+        found.append(start.elapsed_time(end) * 1e-3)
+    return sorted(found)[len(found) // 2]

@@ -1,0 +1,324 @@
+"""What this machine has of Ascend: first by looking, without any vendor's import; then, where asked for, by loading torch_npu."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.metadata
+import os
+import re
+import sys
+from collections.abc import Mapping
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from v4sdk.errors import BackendUnavailable
+
+from .chip import BOARDS, Chip, Family, by_code
+from .versions import NEWEST_CANN, cann_of, fits_torch, pair_for, torch_release
+
+TOOLKIT_VARIABLE = "ASCEND_HOME_PATH"
+VISIBLE_VARIABLE = "ASCEND_RT_VISIBLE_DEVICES"
+EMULATE_VARIABLE = "V4SDK_ASCEND_EMULATE"
+# set for the link-time stand-in of `testing`, whose libraries no NPU stands behind
+STAND_IN_VARIABLE = "V4SDK_ASCEND_STUB_SOC"
+RUNTIME = "libascendcl.so"
+# distributions that bring functions, or that a user may think of; only their metadata is read
+PACKS: Mapping[str, str] = {
+    "cann_ops_transformer": "cann-ops-transformer",
+    "vllm_ascend": "vllm-ascend",
+    "triton-ascend": "triton-ascend",
+    "onnxruntime-cann": "onnxruntime-cann",
+}
+_TOOLKIT_FOLDERS = ("/usr/local/Ascend/ascend-toolkit/latest", "/usr/local/Ascend/cann")
+_DRIVER_FILE = Path("/usr/local/Ascend/driver/version.info")
+_NODES = Path("/dev")
+# in every CANN that torch_npu can start with, and not among what the stand-in has
+_REAL_SYMBOL = "aclrtSetDeviceSatMode"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why Ascend cannot be used here, in words, and the way out."""
+
+    reason: str
+    hint: str
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What looking shows; no vendor's Python was imported for it.
+
+    Attributes:
+        torch, torch_npu, cann, driver: versions, None where absent or not said. toolkit: folder of CANN.
+        missing: why CANN's runtime library cannot be loaded, None if it can.
+        nodes: names of device nodes (`davinci0`). packs: versions of other distributions, by our name for them.
+        accelerator: another vendor's device that this torch already serves.
+        is_stand_in: CANN is the link-time stand-in of `testing`. emulates: `V4SDK_ASCEND_EMULATE` is set.
+        has_package: torch_npu can be imported, as far as finding it says.
+    """
+
+    torch: str
+    torch_npu: str | None
+    has_package: bool
+    toolkit: Path | None
+    cann: str | None
+    driver: str | None
+    missing: str | None
+    nodes: tuple[str, ...]
+    accelerator: str | None
+    is_stand_in: bool
+    emulates: bool
+    packs: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Device:
+    """The NPU in use, by torch_npu.
+
+    Attributes:
+        count: of devices to be seen. index: of this one. name, code: of its SoC. chip: None for a code nobody described.
+        torch_npu, cann: versions, by themselves. memory: free and total bytes, None where nothing says.
+    """
+
+    count: int
+    index: int
+    name: str
+    code: int
+    chip: Chip | None
+    torch_npu: str
+    cann: str | None
+    memory: tuple[int, int] | None = None
+
+    @property
+    def family(self) -> Family | None:
+        """What kernels are built for; None for an unknown chip."""
+        return self.chip.family if self.chip else None
+
+
+def look() -> Machine:
+    """Look at files, environment and metadata; loads CANN's runtime library where there is one, and starts nothing."""
+    toolkit = _toolkit()
+    missing = _unloadable(RUNTIME)
+    return Machine(
+        torch.__version__, version("torch-npu"), find_spec("torch_npu") is not None, toolkit, _cann_of(toolkit),
+        _said(_DRIVER_FILE, "version"), missing,
+        tuple(sorted(p.name for p in _NODES.glob("davinci[0-9]*"))), _other_accelerator(),
+        missing is None and is_stand_in(), os.environ.get(EMULATE_VARIABLE, "") not in ("", "0"),
+        {name: found for name, dist in PACKS.items() if (found := version(dist)) is not None},
+    )  # fmt: skip
+
+
+def refusal(machine: Machine) -> Refusal | None:
+    """Why a machine cannot be used, as far as looking says; None if torch_npu may be loaded."""
+    for judge in (_without_package, _with_wrong_torch, _without_runtime, _without_npu):
+        found = judge(machine)
+        if found is not None:
+            return found
+    return None
+
+
+def _without_package(m: Machine) -> Refusal | None:
+    if m.has_package:
+        return None
+    install = pair_for(m.cann, m.torch)
+    if m.toolkit is None and m.missing is not None:
+        return Refusal(
+            "neither CANN nor torch_npu is installed",
+            f"install the NPU's driver and CANN {NEWEST_CANN}, source its set_env.sh, then {install}; or --backend auto",
+        )
+    what = f"CANN {m.cann}" if m.cann else "CANN"
+    return Refusal(f"{what} is here, but torch_npu is not installed", install)
+
+
+def _with_wrong_torch(m: Machine) -> Refusal | None:
+    if m.torch_npu is not None and not fits_torch(m.torch_npu, m.torch):
+        wanted = torch_release(m.torch_npu)
+        return Refusal(
+            f"torch_npu {m.torch_npu} was built for torch {wanted}, and this is torch {m.torch}",
+            f"pip install torch=={wanted}, or another pair: {pair_for(m.cann, m.torch)}",
+        )
+    if m.accelerator is not None:
+        release = torch_release(m.torch)
+        return Refusal(
+            f"this torch already serves `{m.accelerator}`, and two vendors' devices cannot share a process",
+            f"in an environment of its own: pip install torch=={release} --index-url https://download.pytorch.org/whl/cpu",
+        )
+    return None
+
+
+def _without_runtime(m: Machine) -> Refusal | None:
+    if m.missing is None:
+        return None
+    if m.toolkit is not None:
+        return Refusal(
+            f"CANN in {m.toolkit} cannot be loaded: {m.missing}",
+            f"source {m.toolkit}/set_env.sh, or set_env.sh beside it",
+        )
+    paired = cann_of(m.torch_npu or "")
+    what = f"CANN {paired}, which torch_npu {m.torch_npu} was released for" if paired else "CANN"
+    return Refusal(
+        f"torch_npu is installed, but CANN is not found: {m.missing}",
+        f"install {what}, and source its set_env.sh",
+    )
+
+
+def _without_npu(m: Machine) -> Refusal | None:
+    if m.emulates:
+        return None
+    if m.is_stand_in:
+        return Refusal(
+            "CANN is a link-time stand-in here, behind which there is no NPU",
+            f"{EMULATE_VARIABLE}=1 computes the vendor's functions on the CPU; unset {STAND_IN_VARIABLE} for a real one",
+        )
+    if not m.nodes:
+        return Refusal(
+            "there is no /dev/davinci*: no NPU, no driver, or a container that was given none",
+            "npu-smi info lists the NPUs of a host; a container wants --device /dev/davinci0 --device /dev/davinci_manager",
+        )
+    return None
+
+
+def load() -> Any:
+    """Import torch_npu; the only place that does.
+
+    Raises:
+        BackendUnavailable: it cannot be imported: which library is missing, and which CANN it goes with.
+    """
+    # without this, torch would import it by itself in every process that this one starts
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    installed = version("torch-npu") or "of unknown version"
+    try:
+        # it prints, and stdout is for answers
+        with redirect_stdout(sys.stderr):
+            return importlib.import_module("torch_npu")
+    except (ImportError, OSError, RuntimeError, AttributeError) as exc:
+        paired = cann_of(installed)
+        released = (
+            f"was released for CANN {paired}" if paired else "is newer than the vendor's table of pairs"
+        )
+        raise BackendUnavailable(
+            f"torch_npu {installed} cannot be loaded: {why(exc)}",
+            hint=f"source the set_env.sh of CANN; torch_npu {installed} {released}",
+        ) from exc
+
+
+def why(error: BaseException) -> str:
+    """The library or the symbol that is missing, or the first line of what was said."""
+    text = str(error)
+    if found := re.search(r"(\S+\.so[.\d]*): cannot open shared object file", text):
+        return f"{found[1]} is not found"
+    if found := re.search(r"(\S+\.so[.\d]*): undefined symbol: (\w+)", text):
+        return f"{Path(found[1]).name} wants {found[2]}, which this CANN does not have"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def find(npu: Any, emulates: bool = False) -> Device:
+    """Ask torch_npu for the NPU in use.
+
+    Args:
+        npu: what `load` gave. emulates: nothing may be asked that needs a device.
+
+    Raises:
+        BackendUnavailable: it sees none.
+    """
+    devices = torch.get_device_module("npu")
+    count = devices.device_count()
+    if count == 0:
+        visible = os.environ.get(VISIBLE_VARIABLE)
+        raise BackendUnavailable(
+            "torch_npu sees no NPU" + (f" with {VISIBLE_VARIABLE}={visible}" if visible is not None else ""),
+            hint="npu-smi info lists the NPUs of this host; who else uses one, it says too",
+        )
+    index = 0 if emulates else devices.current_device()
+    # the function of the same name in torch.npu would start the device
+    code = int(npu._C._npu_get_soc_version())
+    cann = str(npu.npu.utils.get_cann_version()) or None
+    return Device(
+        count, index, str(devices.get_device_name(index)), code, by_code(code), str(npu.__version__), cann,
+        None if emulates else _memory(devices),
+    )  # fmt: skip
+
+
+def verdict(device: Device) -> str:
+    """What this chip can run, in one line."""
+    if device.family is None:
+        return f"SoC code {device.code} is not known here: no vendor's function is called, ops run their references"
+    board = f"{device.family} ({BOARDS[device.family]})"
+    if device.family == "950":
+        return f"{board}: FP8 and FP4 checkpoints as they are"
+    return f"{board}: INT8 or INT4 checkpoints, made by v4sdk convert; it has no FP8 or FP4 matrix products"
+
+
+def version(distribution: str) -> str | None:
+    """What a distribution's metadata say; None where it is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def is_stand_in() -> bool:
+    """Whether CANN's runtime library is not CANN's."""
+    if STAND_IN_VARIABLE in os.environ:
+        return True
+    try:
+        return not hasattr(ctypes.CDLL(RUNTIME), _REAL_SYMBOL)
+    except OSError:
+        return False
+
+
+@cache
+def _unloadable(library: str) -> str | None:
+    try:
+        ctypes.CDLL(library)
+    except OSError as exc:
+        return why(exc)
+    return None
+
+
+def _memory(devices: Any) -> tuple[int, int] | None:
+    try:
+        free, total = devices.mem_get_info()
+    except RuntimeError:
+        return None
+    return int(free), int(total)
+
+
+def _other_accelerator() -> str | None:
+    """A device of another vendor that torch was built for, or that an extension has brought."""
+    found = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
+    if found is not None and found.type not in ("cpu", "npu"):
+        return found.type
+    renamed = torch._C._get_privateuse1_backend_name()
+    return None if renamed in ("privateuseone", "npu") else renamed
+
+
+def _toolkit() -> Path | None:
+    for folder in (os.environ.get(TOOLKIT_VARIABLE), *_TOOLKIT_FOLDERS):
+        if folder and Path(folder).is_dir():
+            return Path(folder)
+    return None
+
+
+def _cann_of(toolkit: Path | None) -> str | None:
+    if toolkit is None:
+        return None
+    files = (*toolkit.glob("ascend_*_install.info"), *toolkit.glob("*/ascend_*_install.info"))
+    return next((said for file in sorted(files) if (said := _said(file, "version")) is not None), None)
+
+
+def _said(file: Path, key: str) -> str | None:
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    found = re.search(rf"^{key}\s*=\s*(\S+)", text, re.IGNORECASE | re.MULTILINE)
+    return found[1] if found else None
