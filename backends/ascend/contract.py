@@ -29,6 +29,9 @@ class Call:
         positional, keyword: names of all arguments that this plugin passes, in the vendor's spelling and order.
         since: first torch_npu (or pack) version with all of them. chips: families its documents list.
         source: "wheel", whose schemas are committed and checked, or "transcribed": from a document at a commit.
+        keyword_950, since_950: further keywords that are passed on that family alone, and the version they came with.
+        schema: as the document gives it; empty for a wheel's.
+        use: "step" (a run may call it), "exchange" (only expert parallelism does), "declined" (no provider takes it, and says why).
     """
 
     pack: Pack
@@ -40,6 +43,14 @@ class Call:
     chips: frozenset[Family]
     source: Literal["wheel", "transcribed"]
     document: str = ""
+    keyword_950: tuple[str, ...] = ()
+    since_950: str = ""
+    schema: str = ""
+    use: Literal["step", "exchange", "declined"] = "step"
+
+    def arguments(self, family: Family | None = None) -> tuple[str, ...]:
+        """All argument names that may be passed on a family; on any, if none is given."""
+        return (*self.positional, *self.keyword, *(self.keyword_950 if family in ("950", None) else ()))
 
     @property
     def key(self) -> str:
@@ -55,20 +66,27 @@ def contract() -> Mapping[str, Call]:
         Call(
             row["pack"], row["library"], row["name"], tuple(row.get("positional", ())), tuple(row.get("keyword", ())),
             row["since"], frozenset(row["chips"]), row["source"], row.get("document", ""),
+            tuple(row.get("keyword_950", ())), row.get("since_950", ""), row.get("schema", ""), row.get("use", "step"),
         )
         for row in raw["call"]
     ]  # fmt: skip
     return {row.key: row for row in rows}
 
 
-def lacks(call: Call) -> str | None:
-    """Why a call cannot be made here, by the live dispatcher; None if it has the op and every argument we pass."""
+def lacks(call: Call, family: Family | None = None) -> str | None:
+    """Why a call cannot be made here, by the live dispatcher; None if it has the op and every argument we pass.
+
+    With a family, only what is passed on that family is asked for.
+    """
     schemas = _schemas(call)
     if not schemas:
         return f"{call.key} is not registered here"
-    wanted = {*call.positional, *call.keyword}
+    wanted = set(call.arguments(family))
     missing = min((sorted(wanted - {a.name for a in s.arguments}) for s in schemas), key=len)
-    return f"{call.key} has no argument {', '.join(missing)}, which came with {call.since}" if missing else None
+    if not missing:
+        return None
+    since = call.since_950 if set(missing) <= set(call.keyword_950) else call.since
+    return f"{call.key} has no argument {', '.join(missing)}, which came with {since}"
 
 
 def _schemas(call: Call) -> list[Any]:
@@ -93,10 +111,11 @@ class Vendor:
             KeyError: the table has no such row. TypeError: an argument is passed that the row does not name.
         """
         row = contract()[key]
-        if len(args) > len(row.positional) or not kwargs.keys() <= {*row.keyword, *row.positional[len(args) :]}:
+        named = row.arguments()
+        if len(args) > len(row.positional) or not kwargs.keys() <= {*named[len(args) :]}:
             passed = [f"{len(args)} positional", *kwargs]
             raise TypeError(
-                f"{key} is passed {', '.join(passed)}; its row of the contract names {', '.join((*row.positional, *row.keyword))}"
+                f"{key} is passed {', '.join(passed)}; its row of the contract names {', '.join(named)}"
             )
         for told in self.observers:
             told(key, args, kwargs)
