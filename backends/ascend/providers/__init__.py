@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from v4sdk.backend import EngineConfig
 from v4sdk.config import ModelConfig
@@ -28,13 +28,14 @@ class Provider:
     """One way to serve one op.
 
     Attributes:
-        op: of the vocabulary. pack: whose functions it calls. calls: keys of the contract's rows it may use, all of them.
+        op: of the vocabulary. pack: whose functions it calls; `kernels` are our own and call none. calls: keys of the
+            contract's rows it may use, all of them.
         chips: families it is for. function: same signature as the op. unless: None to serve, or the reason in words, from
             the model's shapes, numerics, KV format and the family.
     """
 
     op: str
-    pack: Pack
+    pack: Pack | Literal["kernels"]
     calls: tuple[str, ...]
     chips: frozenset[Family]
     function: Callable[..., Any]
