@@ -19,12 +19,13 @@ BACKENDS = ("cpu", "cuda", "ascend")
 # A room imports only rooms of the lines above its own; rooms of one line do not know each other.
 ROOMS = (
     ("errors", "progress"),
+    ("encodings",),
     ("config", "hub", "numerics", "quant", "sampling", "tokenizer"),
     ("config_file", "presets", "prompts", "tensors", "weight_formats", "weights"),
     ("headers", "ops"),
     ("backend", "checkpoint", "convert", "kv_cache"),
     ("device_errors", "expert_parallel", "hookspecs", "memory", "model", "sequence", "testing"),
-    ("decode", "info", "plugins", "state"),
+    ("conversion", "decode", "info", "plugins", "state"),
     ("engine", "loading", "output"),
     ("scheduler",),
     ("prompting", "stream"),
@@ -36,6 +37,7 @@ ROOMS = (
 BACKEND_MAY_IMPORT = {
     "backend",
     "config",
+    "encodings",
     "errors",
     "hookspecs",
     "numerics",
@@ -59,7 +61,7 @@ ONE_ROOM = {
     "torch_npu": set(),
 }
 NO_TORCH = set(
-    """errors progress hub numerics config config_file presets tensors tokenizer prompts hookspecs plugins sampling
+    """errors progress encodings hub numerics config config_file presets tensors tokenizer prompts hookspecs plugins sampling
     headers""".split()
 )
 VENDOR_WORDS = re.compile(r"(?<![a-z])(cuda|npu|ascend|triton|nvidia|huawei)(?![a-z])", re.IGNORECASE)

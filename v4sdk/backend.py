@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from v4sdk.config import ModelConfig
+from v4sdk.encodings import IntegerLayout
 from v4sdk.errors import KernelMismatch, V4Error
 from v4sdk.numerics import FAST, KV_FORMATS, KVFormat, Numerics
 from v4sdk.ops import OPS
@@ -194,6 +195,13 @@ class Backend(ABC):
     def device(self) -> torch.device:
         """Where tensors live."""
 
+    def check(self, config: ModelConfig, folder: Path) -> None:  # noqa: B027 - optional by contract
+        """Refuse a checkpoint whose weights this device cannot compute with, before one is read (optional).
+
+        Raises:
+            CheckpointError: what it cannot compute with, and the command that makes a folder it can run.
+        """
+
     def capability(self) -> Mapping[str, Any]:
         """Device facts handed to `unless` (optional)."""
         return {}
@@ -293,9 +301,12 @@ class Backend(ABC):
         """
         return None
 
-    def convert_targets(self) -> Sequence[str]:
-        """Weight layouts this backend can convert a checkpoint to (optional)."""
-        return ()
+    def convert_targets(self) -> Mapping[str, IntegerLayout]:
+        """Weight layouts that a checkpoint can be converted to for this device, by name (optional).
+
+        Also asked where the device is absent: folders are often converted elsewhere.
+        """
+        return {}
 
 
 @dataclass(frozen=True)

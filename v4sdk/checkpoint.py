@@ -137,7 +137,11 @@ class Checkpoint(Mapping[str, "Tensor"]):
 
         A saved sequence state names this, so that it is never continued on other weights.
         """
-        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+        fields = asdict(self.config)
+        if fields["integers"] is None:
+            # saved states and records name fingerprints from before converted folders existed
+            del fields["integers"]
+        digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
         for name, tensor in sorted(self.headers.tensors.items()):
             digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
         first: dict[str, int] = {}
@@ -212,12 +216,12 @@ def _check_tensor(config: ModelConfig, spec: TensorSpec, found: TensorHeader) ->
     if found.dtype in spec.dtypes and found.shape == spec.shape:
         return
     hint = "is this the checkpoint that config.json belongs to"
-    if found.dtype not in spec.dtypes and found.dtype in ("BF16", "F32", "F8_E4M3", "I8"):
+    if found.dtype not in spec.dtypes and found.dtype in ("BF16", "F32", "F8_E4M3", "I8", "U8"):
         dense = "with" if config.quantization else "without"
-        hint = (
-            f"config.json is {dense} `quantization_config` and says `expert_dtype` {config.expert_dtype!r}; "
-            + hint
-        )
+        says = f"is {dense} `quantization_config` and says `expert_dtype` {config.expert_dtype!r}"
+        if config.integers:
+            says = f"says layout `{config.integers.name}`"
+        hint = f"config.json {says}; " + hint
     raise CheckpointError(
         f"tensor `{spec.name}` in `{found.shard}` is {found.dtype} {list(found.shape)}, "
         f"expected {' or '.join(spec.dtypes)} {list(spec.shape)}",

@@ -9,6 +9,9 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from v4sdk.encodings import IntegerLayout as IntegerLayout
+from v4sdk.encodings import QuantizationConfig as QuantizationConfig
+from v4sdk.encodings import parse_quantization
 from v4sdk.errors import ConfigError
 
 LayerKind = Literal["swa", "csa", "hca"]
@@ -61,14 +64,6 @@ class LayerSpec:
 
 
 @dataclass(frozen=True)
-class QuantizationConfig:
-    """How a quantised checkpoint stores dense weights: FP8 E4M3 tiles of `block` with UE8M0 (or float32) scales."""
-
-    block: tuple[int, int] = (128, 128)
-    scale_fmt: str = "ue8m0"
-
-
-@dataclass(frozen=True)
 class ModelConfig:
     """A DeepSeek V4 configuration. Field names are those of `config.json`.
 
@@ -113,6 +108,7 @@ class ModelConfig:
     dspark_target_layer_ids: tuple[int, ...] = ()
     expert_dtype: str | None = None
     quantization: QuantizationConfig | None = None
+    integers: IntegerLayout | None = None
     bos_token_id: int = 0
     eos_token_id: int = 1
 
@@ -149,7 +145,9 @@ class ModelConfig:
         scaling = raw.get("rope_scaling") or {}
         quant = raw.get("quantization_config")
         values: dict[str, Any] = {
-            f.name: raw[f.name] for f in fields(cls) if f.name in raw and raw[f.name] is not None
+            f.name: raw[f.name]
+            for f in fields(cls)
+            if raw.get(f.name) is not None and f.name not in ("quantization", "integers")
         }
         values["compress_ratios"] = tuple(raw.get("compress_ratios") or ())
         values["dspark_target_layer_ids"] = tuple(raw.get("dspark_target_layer_ids") or ())
@@ -164,9 +162,13 @@ class ModelConfig:
                 "rope_beta_slow": scaling.get("beta_slow", 1.0),
             }
         if quant:
-            values["quantization"] = _quantization(quant)
-            # released Flash files of April lack the field and hold FP4 experts
-            values.setdefault("expert_dtype", "fp4")
+            found = parse_quantization(quant)
+            if isinstance(found, IntegerLayout):
+                values["integers"] = found
+            else:
+                values["quantization"] = found
+                # released Flash files of April lack the field and hold FP4 experts
+                values.setdefault("expert_dtype", "fp4")
         missing = [f.name for f in fields(cls) if f.name not in values and f.default is MISSING]
         if missing:
             raise ConfigError(f"`config.json` lacks {', '.join(f'`{name}`' for name in missing)}")
@@ -223,6 +225,16 @@ class ModelConfig:
             (self.rope_theta > 1, "rope_theta", "more than 1"),
             (self.compress_rope_theta > 1, "compress_rope_theta", "more than 1"),
             (self.expert_dtype in (None, "fp4", "fp8", "bf16"), "expert_dtype", "`fp4` or `fp8`"),
+            (
+                self.integers is None or self.expert_dtype in (None, "bf16"),
+                "expert_dtype",
+                "none: what is not an integer matrix is float in a converted folder",
+            ),
+            (
+                self.integers is None or self.quantization is None,
+                "quantization",
+                "none beside integer matrices",
+            ),
         ]
         if _CSA_RATIO in self.compress_ratios:
             power = self.index_head_dim & (self.index_head_dim - 1) == 0 and self.index_head_dim >= 32
@@ -305,19 +317,6 @@ _ONLY: dict[str, object] = {
     "attention_bias": False,
     "tie_word_embeddings": False,
 }
-
-
-def _quantization(quant: Mapping[str, Any]) -> QuantizationConfig:
-    if quant.get("quant_method") != "fp8" or quant.get("fmt", "e4m3") != "e4m3":
-        raise ConfigError(
-            f"`quantization_config` is {quant.get('quant_method')!r} {quant.get('fmt')!r}, expected `fp8` `e4m3`"
-        )
-    block = quant.get("weight_block_size", [128, 128])
-    if not (isinstance(block, list) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block)):
-        raise ConfigError(
-            f"`quantization_config.weight_block_size` is {block!r}, expected two positive integers"
-        )
-    return QuantizationConfig((block[0], block[1]), str(quant.get("scale_fmt") or "float32"))
 
 
 def _check_architecture(raw: Mapping[str, Any]) -> None:

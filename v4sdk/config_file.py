@@ -56,6 +56,8 @@ def config_dict(config: ModelConfig, num_mtp: int | None = None) -> dict[str, An
         raw["num_nextn_predict_layers"] = num_mtp
     if config.expert_dtype:
         raw["expert_dtype"] = config.expert_dtype
+    if config.integers:
+        raw["quantization_config"] = config.integers.raw()
     if config.quantization:
         raw["quantization_config"] = {
             "activation_scheme": "dynamic",

@@ -18,16 +18,30 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from v4sdk.config import ModelConfig, QuantizationConfig
+from v4sdk.config import ModelConfig
 from v4sdk.config_file import config_dict
+from v4sdk.encodings import QuantizationConfig
 from v4sdk.errors import CheckpointError
 from v4sdk.headers import INDEX_NAME, SINGLE_NAME
 from v4sdk.quant import ue8m0_value
 from v4sdk.tensors import ITEM_BYTES, TensorSpec, expected_tensors
-from v4sdk.weight_formats import TORCH_DTYPES, pack_fp4, pack_fp8, round_fp4, round_fp8
-from v4sdk.weights import WeightSource
+from v4sdk.weight_formats import (
+    FP4_GROUP,
+    TORCH_DTYPES,
+    pack_fp4,
+    pack_fp8,
+    pack_int4,
+    pack_int8,
+    round_fp4,
+    round_fp8,
+    round_int4,
+    round_int8,
+)
+from v4sdk.weights import Weight, WeightSource
 
 FloatDtype = Literal["BF16", "F32"]
+# told of a matrix that is not stored as it was given: what it is, its values, the values stored
+OnRounded = Callable[[TensorSpec, Tensor, Tensor], None]
 
 
 class Tensors(Protocol):
@@ -40,12 +54,12 @@ class Tensors(Protocol):
 
 def released(config: ModelConfig) -> ModelConfig:
     """Give `config` with the released encodings: FP8 128x128 projections, FP4 experts, UE8M0 scales."""
-    return replace(config, quantization=QuantizationConfig(), expert_dtype="fp4")
+    return replace(config, quantization=QuantizationConfig(), expert_dtype="fp4", integers=None)
 
 
 def unquantised(config: ModelConfig) -> ModelConfig:
     """Give `config` for a folder without any quantised tensor."""
-    return replace(config, quantization=None, expert_dtype=None)
+    return replace(config, quantization=None, expert_dtype=None, integers=None)
 
 
 def round_weights(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -59,12 +73,14 @@ def round_weights(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[st
         if spec.name not in tensors:
             continue
         x = tensors[spec.name]
-        if spec.dtypes[0] == "F8_E4M3" and config.quantization:
-            x = round_fp8(x, config.quantization.block)
-        elif spec.dtypes[0] == "F8_E4M3":
-            x = round_fp8(x)
-        elif spec.dtypes[0] == "I8":
+        if spec.encoding == "fp8":
+            x = round_fp8(x, config.quantization.block) if config.quantization else round_fp8(x)
+        elif spec.encoding == "fp4":
             x = round_fp4(x)
+        elif spec.encoding == "int8":
+            x = round_int8(x)
+        elif spec.encoding == "int4" and config.integers:
+            x = round_int4(x, config.integers.int4_group)
         rounded[spec.name] = x
     return rounded
 
@@ -78,12 +94,13 @@ def write_checkpoint(
     sharded: bool = True,
     extra_config: Mapping[str, Any] | None = None,
     on_shard: Callable[[str, int], None] | None = None,
+    on_rounded: OnRounded | None = None,
 ) -> int:
     """Write `config.json`, the shards and the index; give the payload bytes.
 
-    Float matrices are packed as `config.quantization` and `config.expert_dtype` say; tensors that already have the
-    stored dtype are copied byte for byte with their `.scale`. Files appear under their names only when all of them
-    are complete, `config.json` last. MTP blocks of which `tensors` holds nothing are left out.
+    Float matrices are packed as `config.quantization`, `config.integers` and `config.expert_dtype` say; tensors that already
+    have the stored dtype are copied byte for byte with their `.scale`. Files appear under their names only when all of
+    them are complete, `config.json` last. MTP blocks of which `tensors` holds nothing are left out.
 
     Args:
         tensors: by full name (`layers.0.attn.wq_a.weight`, ...).
@@ -91,6 +108,7 @@ def write_checkpoint(
         sharded: one layer per file and an index; else one `model.safetensors`.
         extra_config: further fields of `config.json`.
         on_shard: called with (file name, its payload bytes) after each file.
+        on_rounded: called with each matrix that is packed, or narrowed to BF16: (what it is, given values, stored values).
 
     Raises:
         CheckpointError: if a tensor is missing, has the wrong shape, or is not finite.
@@ -98,7 +116,7 @@ def write_checkpoint(
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     specs = [_with_dtype(spec, float_dtype) for spec in _present(config, tensors)]
-    encoder = _Encoder(config, specs, tensors)
+    encoder = _Encoder(config, specs, tensors, on_rounded)
     shards = _files(specs, sharded)
     staging = Path(tempfile.mkdtemp(prefix=".writing-", dir=target))
     try:
@@ -132,7 +150,7 @@ class FloatTensors(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         x = self._tensors[name]
-        if x.dtype in (torch.int8, torch.float8_e4m3fn):
+        if x.dtype in (torch.int8, torch.uint8, torch.float8_e4m3fn):
             return self._source.weight(name.removesuffix(".weight")).dequantize()
         return x
 
@@ -149,32 +167,58 @@ class FloatTensors(Mapping[str, Tensor]):
 class _Encoder:
     """Turns source tensors into stored ones; remembers the last matrix because its scale is asked for next."""
 
-    def __init__(self, config: ModelConfig, specs: list[TensorSpec], tensors: Tensors) -> None:
+    def __init__(
+        self, config: ModelConfig, specs: list[TensorSpec], tensors: Tensors, on_rounded: OnRounded | None
+    ) -> None:
         self._tile = config.quantization.block if config.quantization else (128, 128)
-        self._dtypes = {spec.name: spec.dtypes[0] for spec in specs}
+        self._group = config.integers.int4_group if config.integers else 0
+        self._specs = {spec.name: spec for spec in specs}
         self._tensors = tensors
-        self._last: tuple[str, Tensor, Tensor] | None = None
+        self._told = on_rounded
+        self._last: tuple[str, Weight] | None = None
 
     def stored(self, spec: TensorSpec) -> Tensor:
         """Give the tensor in `spec`'s dtype and shape."""
         name, want = spec.name, TORCH_DTYPES[spec.dtypes[0]]
         if name.endswith(".scale") and name not in self._tensors:
-            byte = self._packed(f"{name.removesuffix('.scale')}.weight")[1]
-            return _checked(spec, ue8m0_value(byte.view(torch.uint8)) if want == torch.float32 else byte)
+            scale = self._packed(f"{name.removesuffix('.scale')}.weight").scale
+            assert scale is not None
+            wide = want == torch.float32 and scale.dtype != want
+            return _checked(spec, ue8m0_value(scale.view(torch.uint8)) if wide else scale)
         x = self._tensors[name].detach()
         if x.is_floating_point() and x.dtype.itemsize > 1 and x.dtype != want:
-            x = x.to(want) if want in (torch.bfloat16, torch.float32) else self._packed(name)[0]
+            x = self._narrowed(spec, x) if spec.encoding == "float" else self._packed(name, x).data.view(want)
         if want in (torch.bfloat16, torch.float32):
             _check_finite(name, x)
         return _checked(spec, x)
 
-    def _packed(self, name: str) -> tuple[Tensor, Tensor]:
+    def _narrowed(self, spec: TensorSpec, x: Tensor) -> Tensor:
+        stored = x.to(TORCH_DTYPES[spec.dtypes[0]])
+        if self._told and spec.dtypes[0] == "BF16":
+            self._told(spec, x, stored)
+        return stored
+
+    def _packed(self, name: str, x: Tensor | None = None) -> Weight:
         if self._last is None or self._last[0] != name:
-            x = self._tensors[name]
+            x = self._tensors[name].detach() if x is None else x
             _check_finite(name, x)
-            packed = pack_fp4(x) if self._dtypes[name] == "I8" else pack_fp8(x, self._tile)
-            self._last = (name, *packed)
-        return self._last[1:]
+            spec = self._specs[name]
+            weight = _pack(x, spec, self._tile, self._group)
+            if self._told:
+                self._told(spec, x, weight.dequantize())
+            self._last = (name, weight)
+        return self._last[1]
+
+
+def _pack(x: Tensor, spec: TensorSpec, tile: tuple[int, int], group: int) -> Weight:
+    columns = x.shape[-1]
+    if spec.encoding == "int8":
+        return Weight(*pack_int8(x), "int8", (1, columns))
+    if spec.encoding == "int4":
+        return Weight(*pack_int4(x, group), "int4", (1, group or columns))
+    if spec.encoding == "fp4":
+        return Weight(*pack_fp4(x), "fp4", (1, FP4_GROUP), True)
+    return Weight(*pack_fp8(x, tile), "fp8", tile, True)
 
 
 def _check_finite(name: str, x: Tensor) -> None:
@@ -234,8 +278,10 @@ def _write_shard(path: Path, specs: list[TensorSpec], encoder: _Encoder) -> None
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for spec in ordered:
+        # a matrix and its scales lie apart, and are made together
+        for spec in specs:
             x = encoder.stored(spec).cpu().contiguous()
+            file.seek(8 + len(text) + header[spec.name]["data_offsets"][0])
             file.write(x.reshape(-1).view(torch.uint8).numpy().data)
         _flush(file)
 

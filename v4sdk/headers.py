@@ -21,7 +21,6 @@ _MAX_HEADER_BYTES = 100_000_000
 # sizes of dtypes the format knows and V4 does not use, so that the complaint is about the dtype
 _OTHER_BYTES = {
     "BOOL": 1,
-    "U8": 1,
     "F8_E5M2": 1,
     "I16": 2,
     "U16": 2,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from v4sdk.checkpoint import bind_headers
 from v4sdk.config import ARCHITECTURE, ModelConfig
+from v4sdk.encodings import IntegerLayout
 from v4sdk.errors import V4Error
 from v4sdk.headers import FolderHeaders, TensorHeader, read_folder_headers
 from v4sdk.kv_cache import kv_bytes, layer_row_bytes
@@ -182,7 +184,9 @@ def _components(specs: Mapping[str, TensorSpec], headers: FolderHeaders | None) 
 
 
 def _encodings(config: ModelConfig, headers: FolderHeaders | None) -> dict[str, str]:
-    words = {"fp8": "FP8 E4M3", "fp4": "FP4 E2M1", "float": "float"}
+    words = {"fp8": "FP8 E4M3", "fp4": "FP4 E2M1", "float": "float", "int8": "INT8", "int4": "INT4"}
+    if config.integers:
+        return _integers(config.integers, words)
     found = {"projections": words[dense_encoding(config)], "routed experts": words[expert_encoding(config)]}
     if "fp8" in (dense_encoding(config), expert_encoding(config)):
         ue8m0 = config.quantization is None or config.quantization.scale_fmt == "ue8m0"
@@ -195,6 +199,17 @@ def _encodings(config: ModelConfig, headers: FolderHeaders | None) -> dict[str, 
             )
         found["scales"] = "UE8M0" if dtype == "F8_E8M0" else "float32"
     return found
+
+
+def _integers(layout: IntegerLayout, words: Mapping[str, str]) -> dict[str, str]:
+    expert = "layers.0.ffn.experts.0.w1"
+    found = {"projections": "float", "routed experts": words[layout.encoding(expert)]}
+    for encoding, patterns in (("int8", layout.int8), ("int4", layout.int4)):
+        others = [p for p in patterns if not fnmatchcase(expert, p)]
+        if others:
+            found["projections"] += f" ({words[encoding]}: {' '.join(others)})"
+    group = f" or {layout.int4_group} columns" if layout.int4_group else ""
+    return found | {"scales": f"float32 per row{group}", "layout": layout.name}
 
 
 def _dialect(folder: Path) -> tuple[str | None, list[str]]:

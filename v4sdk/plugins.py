@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -13,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 from v4sdk import hookspecs
-from v4sdk.errors import BackendUnavailable, UnknownBackend
+from v4sdk.errors import BackendUnavailable, UnknownBackend, V4Error
 
 if TYPE_CHECKING:
     # for annotations only: listing plugins must not import torch
     from v4sdk.backend import Backend
+    from v4sdk.encodings import IntegerLayout
 
+log = logging.getLogger("v4sdk")
 GROUP = "v4sdk"
 AUTO = "auto"
 BACKEND_VARIABLE = "V4SDK_BACKEND"
@@ -112,6 +115,31 @@ def statuses() -> list[BackendStatus]:
     """Describe every installed backend; plugins that offer no backend are left out."""
     found = (_status(plugin) for plugin in load_all())
     return [status for status in found if status is not None]
+
+
+def convert_targets() -> dict[str, tuple[str, IntegerLayout]]:
+    """Give the weight layouts of all installed backends: name to (backend, layout). Looks for no device.
+
+    Raises:
+        V4Error: two backends have a layout of the same name.
+    """
+    found: dict[str, tuple[str, IntegerLayout]] = {}
+    for plugin in load_all():
+        if plugin.broken is not None or not _offers_backend(plugin):
+            continue
+        try:
+            layouts = _instance(plugin).convert_targets()
+        except Exception as exc:  # a plugin's mistake must not hide the layouts of the others
+            log.warning("backend `%s` cannot list its layouts: %s", plugin.name, _reason(exc))
+            continue
+        for name, layout in layouts.items():
+            if name in found:
+                raise V4Error(
+                    f"layout `{name}` is offered by backends `{found[name][0]}` and `{plugin.name}`",
+                    hint="remove one of their distributions",
+                )
+            found[name] = plugin.name, layout
+    return found
 
 
 def add_commands(cli: Any) -> list[Plugin]:

@@ -12,11 +12,11 @@ class Progress:
     """One report.
 
     Attributes:
-        kind: `load` and `prefill` count `done` of `total` in `unit`; `memory` says in `text`, before loading, what will
-            be mapped, resident and cached against what is free; a `notice` is something to know, said once.
+        kind: `load`, `prefill` and `convert` count `done` of `total` in `unit`; `memory` says in `text`, before loading, what
+            will be mapped, resident and cached against what is free; a `notice` is something to know, said once.
     """
 
-    kind: Literal["load", "prefill", "memory", "notice"]
+    kind: Literal["load", "prefill", "convert", "memory", "notice"]
     done: int = 0
     total: int = 0
     unit: str = ""

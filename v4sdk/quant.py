@@ -74,8 +74,24 @@ def fp4_pack(code: Tensor) -> Tensor:
 
 def fp4_unpack(packed: Tensor) -> Tensor:
     """Unpack bytes [..., k] into float32 values [..., 2k], low nibble first."""
+    return _unpack(packed, e2m1_decode(torch.arange(16, device=packed.device)))
+
+
+def int4_pack(code: Tensor) -> Tensor:
+    """Pack int8 numbers [..., 2k] of -8 to 7 into bytes [..., k] int8, even columns in the low nibble, two's complement."""
+    return fp4_pack((code & 15).view(torch.uint8))
+
+
+def int4_unpack(packed: Tensor) -> Tensor:
+    """Undo `int4_pack`: float32 values [..., 2k]."""
+    nibble = torch.arange(16, device=packed.device)
+    return _unpack(packed, (nibble - 16 * (nibble > 7)).float())
+
+
+def _unpack(packed: Tensor, values: Tensor) -> Tensor:
+    """Bytes [..., k] to the values [16] float32 of their nibbles: [..., 2k], low nibble first."""
     byte = torch.arange(256, device=packed.device)
-    pairs = torch.stack((e2m1_decode(byte & 15), e2m1_decode(byte >> 4)), -1)
+    pairs = torch.stack((values[byte & 15], values[byte >> 4]), -1)
     # a pair of values travels as one 8-byte element: four times faster than decoding nibbles one by one
     index = packed.view(torch.uint8).flatten().to(torch.int32)
     chosen = torch.index_select(pairs.view(torch.float64).flatten(), 0, index)

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from v4sdk.config import LayerSpec, ModelConfig, QuantizationConfig
+from v4sdk.config import LayerSpec, ModelConfig
+from v4sdk.encodings import Encoding, IntegerLayout, QuantizationConfig
 from v4sdk.errors import ConfigError
 
 # bytes of one element, by the dtype names of the file format
-ITEM_BYTES = {"F8_E4M3": 1, "F8_E8M0": 1, "I8": 1, "BF16": 2, "F32": 4, "I64": 8}
+ITEM_BYTES = {"F8_E4M3": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BF16": 2, "F32": 4, "I64": 8}
 FP4_BLOCK = 32
-Encoding = Literal["fp8", "fp4", "float"]
 
 
 class TensorSpec(NamedTuple):
     """One tensor on disk.
 
     Attributes:
-        name: full name. dtypes: those that may be found, the released one first. shape: as stored (FP4 is packed).
+        name: full name. dtypes: those that may be found, the released one first. shape: as stored (4-bit numbers are packed).
         component: the part of the model it is counted under. block: `backbone` or `mtp.N`; a whole MTP block may be absent.
         shard: number in the released sharding: embedding, one layer each, head, one MTP block each.
-        parameters: weights it stands for; packed FP4 holds two per byte, scales and tables count none.
+        parameters: weights it stands for; a packed byte holds two, scales and tables count none.
+        encoding: how to read it, of a matrix that may be quantised.
     """
 
     name: str
@@ -32,6 +33,7 @@ class TensorSpec(NamedTuple):
     block: str
     shard: int
     parameters: int
+    encoding: Encoding = "float"
 
     @property
     def nbytes(self) -> int:
@@ -40,7 +42,7 @@ class TensorSpec(NamedTuple):
 
 
 def dense_encoding(config: ModelConfig) -> Encoding:
-    """How projections outside the routed experts are stored."""
+    """How projections outside the routed experts are stored, unless `config.integers` names them."""
     return "fp8" if config.quantization else "float"
 
 
@@ -53,7 +55,7 @@ def expected_tensors(config: ModelConfig) -> Iterator[TensorSpec]:
     """Give every tensor of a checkpoint in shard order; MTP blocks last.
 
     Raises:
-        ConfigError: if FP4 experts are asked for and an inner dimension is not a multiple of 32.
+        ConfigError: if an inner dimension is not a multiple of what a 4-bit encoding packs or scales together.
     Source:
         architecture note, tables 3.1 and 3.3; totals equal the published indexes of Flash, Pro and Flash-0731
     """
@@ -109,12 +111,15 @@ class _Lister:
     ) -> Iterator[TensorSpec]:
         """Give `name.weight` [out, inner] and, where it is quantised, `name.scale`."""
         encoding = encoding or self._dense
+        if self.c.integers and self.c.integers.encoding(name) != "float":
+            yield from self._integers(name, out, inner, component, block, shard, self.c.integers)
+            return
         where = (component, block, shard)
         if encoding == "float":
             yield TensorSpec(f"{name}.weight", ("BF16", "F32"), (out, inner), *where, out * inner)
         elif encoding == "fp8":
             b0, b1 = self._tile
-            yield TensorSpec(f"{name}.weight", ("F8_E4M3",), (out, inner), *where, out * inner)
+            yield TensorSpec(f"{name}.weight", ("F8_E4M3",), (out, inner), *where, out * inner, "fp8")
             yield TensorSpec(f"{name}.scale", self._scales, (-(-out // b0), -(-inner // b1)), *where, 0)
         else:
             if inner % FP4_BLOCK:
@@ -122,8 +127,22 @@ class _Lister:
                     f"`{name}` has {inner} columns, expected a multiple of {FP4_BLOCK} for FP4",
                     hint="hidden_size and moe_intermediate_size must be multiples of 32 when expert_dtype is fp4",
                 )
-            yield TensorSpec(f"{name}.weight", ("I8",), (out, inner // 2), *where, out * inner)
+            yield TensorSpec(f"{name}.weight", ("I8",), (out, inner // 2), *where, out * inner, "fp4")
             yield TensorSpec(f"{name}.scale", ("F8_E8M0",), (out, inner // FP4_BLOCK), *where, 0)
+
+    def _integers(
+        self, name: str, out: int, inner: int, component: str, block: str, shard: int, layout: IntegerLayout
+    ) -> Iterator[TensorSpec]:
+        # packed int4 has a dtype of its own, so that a file says how it is read without its configuration
+        encoding, where = layout.encoding(name), (component, block, shard)
+        dtype, width = ("I8", inner) if encoding == "int8" else ("U8", inner // 2)
+        group = layout.int4_group or 2
+        if encoding == "int4" and inner % group:
+            raise ConfigError(
+                f"`{name}` has {inner} columns, expected a multiple of {group} for int4 of layout `{layout.name}`"
+            )
+        yield TensorSpec(f"{name}.weight", (dtype,), (out, width), *where, out * inner, encoding)
+        yield TensorSpec(f"{name}.scale", ("F32",), (out, layout.scales(encoding, inner)), *where, 0)
 
     def layer(self, spec: LayerSpec, block: str, shard: int) -> Iterator[TensorSpec]:
         """Give one block: attention, stream mixing, norms, gate and experts."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from v4sdk.encodings import Encoding as Encoding
 from v4sdk.errors import ShapeError
-from v4sdk.quant import fp4_unpack, split_last, ue8m0_value
+from v4sdk.quant import fp4_unpack, int4_unpack, split_last, ue8m0_value
 
-Encoding = Literal["float", "fp8", "fp4"]
+INTEGERS: frozenset[Encoding] = frozenset(("int8", "int4"))
+_PACKED: frozenset[Encoding] = frozenset(("fp4", "int4"))
 # no op holds more than this of de-quantised weight at a time
 DEQUANT_LIMIT_BYTES = 64 << 20
 
@@ -22,12 +23,15 @@ class Weight:
     """One matrix [out, in] (or a stack [E, out, in]) as stored.
 
     Attributes:
-        data: float matrix, FP8 E4M3 bytes, or packed FP4 [.., out, in / 2] int8 with the even column in the low nibble.
+        data: float matrix, FP8 E4M3 bytes, int8 numbers, or packed FP4 or int4 [.., out, in / 2] int8 with the even column in
+            the low nibble (int4 in two's complement).
         scale: one value per tile: UE8M0 (uint8 or float8_e8m0fnu) or float32 [.., ceil(out / b0), ceil(in / b1)]; None for float.
+            Integers have float32 scales, one per row (b1 is then `in`) or per group of a row.
         encoding: how to read `data`.
         block: tile height and width (b0, b1) of one scale.
         quantised: the checkpoint stores this matrix in FP8 or FP4, so GEMM inputs are rounded in reference numerics,
-            even where a backend has replaced `data` by a float copy.
+            even where a backend has replaced `data` by a float copy. False for integers: a device whose products are integer
+            ones rounds their inputs to int8 itself, by `encoding`.
     """
 
     data: Tensor
@@ -44,7 +48,7 @@ class Weight:
     @property
     def in_features(self) -> int:
         """Columns after unpacking."""
-        return self.data.shape[-1] * (2 if self.encoding == "fp4" else 1)
+        return self.data.shape[-1] * (2 if self.encoding in _PACKED else 1)
 
     @property
     def nbytes(self) -> int:
@@ -54,7 +58,8 @@ class Weight:
     def dequantize(self, first: int = 0, last: int | None = None) -> Tensor:
         """Read rows first..last as float32 [.., rows, in]; exact, since scales are powers of two (or float32).
 
-        Any row range is served; a range that starts inside a tile uses that tile's scale.
+        Scales of integers that `weight_formats` makes are short enough for that too. Any row range is served; a range that
+        starts inside a tile uses that tile's scale.
         """
         data = self.data[..., first:last, :]
         if self.encoding == "float" or self.scale is None:
@@ -65,7 +70,7 @@ class Weight:
         factor = _scale_value(scale)
         if b0 > 1:
             factor = factor.repeat_interleave(b0, -2)[..., first % b0 :, :][..., :rows, :]
-        values = fp4_unpack(data) if self.encoding == "fp4" else data.view(torch.float8_e4m3fn).float()
+        values = _values(data, self.encoding)
         cols = values.shape[-1]
         # in place: the values are fresh, and a second copy of a large matrix costs as much as reading it
         if cols % b1 == 0:
@@ -128,14 +133,13 @@ class ExpertWeights:
 def pick(stack: Weight, index: Tensor) -> Weight:
     """Take matrices `index` out of a stack, without reading `index` on the host."""
     scale = None if stack.scale is None else _bytes(stack.scale)[index]
-    data = _bytes(stack.data)[index] if stack.encoding != "float" else stack.data[index]
-    return Weight(data, scale, stack.encoding, stack.block, stack.quantised)
+    return Weight(_movable(stack)[index], scale, stack.encoding, stack.block, stack.quantised)
 
 
 def stack(weights: tuple[Weight, ...]) -> Weight:
     """Stack equal matrices into one `Weight` with a leading expert dimension."""
     one = weights[0]
-    data = torch.stack([_bytes(w.data) if w.encoding != "float" else w.data for w in weights])
+    data = torch.stack([_movable(w) for w in weights])
     scales = [_bytes(w.scale) for w in weights if w.scale is not None]
     return Weight(data, torch.stack(scales) if scales else None, one.encoding, one.block, one.quantised)
 
@@ -145,8 +149,31 @@ def _bytes(x: Tensor) -> Tensor:
     return x.view(torch.uint8) if x.dtype.itemsize == 1 else x
 
 
+def _movable(weight: Weight) -> Tensor:
+    # integers can be indexed and stacked as they are, on every device
+    return _bytes(weight.data) if weight.encoding in ("fp8", "fp4") else weight.data
+
+
+def _values(data: Tensor, encoding: Encoding) -> Tensor:
+    """Stored numbers without their scales, as a float32 tensor of its own."""
+    if encoding == "fp4":
+        return fp4_unpack(data)
+    if encoding == "int4":
+        return int4_unpack(data)
+    return data.view(torch.int8 if encoding == "int8" else torch.float8_e4m3fn).float()
+
+
 def _scale_value(scale: Tensor) -> Tensor:
     return scale if scale.dtype == torch.float32 else ue8m0_value(scale.view(torch.uint8))
+
+
+def _packed_or_integers(data: Tensor, scale: Tensor) -> Weight:
+    """Tell FP4 (int8 bytes, UE8M0 scales), int8 (int8, float32 scales) and int4 (uint8 bytes, float32 scales) of files apart."""
+    if scale.dtype != torch.float32:
+        return Weight(data, scale, "fp4", (1, 32), True)
+    encoding: Encoding = "int4" if data.dtype == torch.uint8 else "int8"
+    weight = Weight(data.view(torch.int8), scale, encoding)
+    return replace(weight, block=(1, max(1, weight.in_features // scale.shape[-1])))
 
 
 class WeightSource:
@@ -168,8 +195,8 @@ class WeightSource:
     def weight(self, name: str) -> Weight:
         """The matrix `name.weight` with its `name.scale`, if the checkpoint quantises it."""
         data = self._tensors[f"{name}.weight"]
-        if data.dtype == torch.int8:
-            return Weight(data, self._tensors[f"{name}.scale"], "fp4", (1, 32), True)
+        if data.dtype in (torch.int8, torch.uint8):
+            return _packed_or_integers(data, self._tensors[f"{name}.scale"])
         if data.dtype == torch.float8_e4m3fn:
             return Weight(data, self._tensors[f"{name}.scale"], "fp8", self._fp8_block, True)
         return Weight(data)

@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from v4sdk.errors import ShapeError
 from v4sdk.ops.batch import Batch
-from v4sdk.weights import Weight
+from v4sdk.weights import INTEGERS, Weight
 
 T = TypeVar("T")
 
@@ -64,7 +65,13 @@ def rows(tensor: Tensor | None) -> Any:
 
 
 def matrix(weight: Weight) -> Any:
-    """A stored matrix [out, in]."""
+    """A stored matrix [out, in].
+
+    Raises:
+        ShapeError: if its encoding is none that kernels read; the table declines such models before.
+    """
+    if weight.encoding in INTEGERS:
+        raise ShapeError(f"no kernel reads a matrix of {weight.encoding}, expected float, fp8 or fp4")
     data, scale = weight.data, weight.scale
     encoding = {"fp8": _FP8, "fp4": _FP4}.get(weight.encoding) or _FLOATS[data.dtype]
     kind = _NO_SCALE if scale is None else _SCALE_FLOAT32 if scale.dtype == torch.float32 else _UE8M0

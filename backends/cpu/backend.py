@@ -146,18 +146,18 @@ def _table(native: Library) -> Sequence[Kernel[Any, Any]]:
         kernel(ops.rope_table, embedding.rope_table),
         kernel(ops.sample, sample.sample),
         kernel(ops.feed, sample.feed),
-        kernel(ops.q_project, projection.q_project, _float64),
-        kernel(ops.kv_project_store, projection.kv_project_store, _float64),
-        kernel(ops.grouped_out, projection.grouped_out, _float64),
+        kernel(ops.q_project, projection.q_project, _matrices),
+        kernel(ops.kv_project_store, projection.kv_project_store, _matrices),
+        kernel(ops.grouped_out, projection.grouped_out, _matrices),
         kernel(ops.compress, compressor.compress, too_long),
-        kernel(ops.index_query, compressor.index_query, _float64),
+        kernel(ops.index_query, compressor.index_query, _matrices),
         kernel(ops.sparse_attn, Attention(native).sparse_attn, too_wide),
         kernel(ops.index_topk, Indexer(native).index_topk, _float64),
         kernel(ops.route, moe.route, _float64),
         kernel(ops.route_hash, moe.route_hash, _float64),
-        kernel(ops.routed_experts, moe.routed_experts, _float64),
-        kernel(ops.shared_expert, moe.shared_expert, _float64),
-        kernel(ops.linear, linear.linear, _float64),
+        kernel(ops.routed_experts, moe.routed_experts, _matrices),
+        kernel(ops.shared_expert, moe.shared_expert, _matrices),
+        kernel(ops.linear, linear.linear, _matrices),
         kernel(ops.logits, linear.logits, _float64),
         kernel(ops.rms_norm, norm.rms_norm, _float64),
         kernel(ops.hc_pre, hyper.hc_pre, _float64),
@@ -170,6 +170,13 @@ def _table(native: Library) -> Sequence[Kernel[Any, Any]]:
 def _float64(config: ModelConfig, engine: EngineConfig) -> str | None:
     """Kernels compute in float32."""
     return "float64 is a witness of the references" if engine.numerics.float64 else None
+
+
+def _matrices(config: ModelConfig, engine: EngineConfig) -> str | None:
+    """Of ops whose matrices may be integers: the references read them block by block, every value as stored."""
+    if config.integers is not None:
+        return f"integer matrices of layout `{config.integers.name}` are read by the reference"
+    return _float64(config, engine)
 
 
 def _widened(weight: Weight) -> Weight:

@@ -188,15 +188,15 @@ def table(launch: Launch) -> Sequence[Kernel[Any, Any]]:
     embedding, hyper = Embedding(launch), HyperConnection(launch)
     projection, sample = Projection(launch), Sample(launch)
     return (
-        kernel(ops.linear, linear.linear, unserved),
+        kernel(ops.linear, linear.linear, matrices_unserved),
         kernel(ops.logits, linear.logits, unserved),
         kernel(ops.rms_norm, norm.rms_norm, unserved),
         kernel(ops.route, moe.route, unserved),
         kernel(ops.route_hash, moe.route_hash, unserved),
-        kernel(ops.routed_experts, moe.routed_experts, unserved),
-        kernel(ops.shared_expert, moe.shared_expert, unserved),
+        kernel(ops.routed_experts, moe.routed_experts, matrices_unserved),
+        kernel(ops.shared_expert, moe.shared_expert, matrices_unserved),
         kernel(ops.compress, compressor.compress, unserved),
-        kernel(ops.index_query, compressor.index_query, unserved),
+        kernel(ops.index_query, compressor.index_query, matrices_unserved),
         kernel(ops.sparse_attn, Attention(launch).sparse_attn, lambda c, e: unserved(c, e) or too_wide(c, e)),
         kernel(ops.embed, embedding.embed, unserved),
         kernel(ops.rope_table, embedding.rope_table, unserved),
@@ -204,9 +204,9 @@ def table(launch: Launch) -> Sequence[Kernel[Any, Any]]:
         kernel(ops.hc_post, hyper.hc_post, unserved),
         kernel(ops.hc_post_pre, hyper.hc_post_pre, unserved),
         kernel(ops.hc_head, hyper.hc_head, unserved),
-        kernel(ops.q_project, projection.q_project, unserved),
-        kernel(ops.kv_project_store, projection.kv_project_store, unserved),
-        kernel(ops.grouped_out, projection.grouped_out, unserved),
+        kernel(ops.q_project, projection.q_project, matrices_unserved),
+        kernel(ops.kv_project_store, projection.kv_project_store, matrices_unserved),
+        kernel(ops.grouped_out, projection.grouped_out, matrices_unserved),
         kernel(ops.index_topk, Indexer(launch).index_topk, unserved),
         kernel(ops.sample, sample.sample, unserved),
         kernel(ops.feed, sample.feed, unserved),
@@ -229,3 +229,10 @@ def unserved(config: ModelConfig, engine: EngineConfig) -> str | None:
     if config.quantization is not None and config.quantization.block != _FP8_BLOCK:
         return f"FP8 weights in tiles of {config.quantization.block}, expected {_FP8_BLOCK}"
     return None
+
+
+def matrices_unserved(config: ModelConfig, engine: EngineConfig) -> str | None:
+    """The same of ops whose matrices may be integers: the references read them on the GPU, every value as stored."""
+    if config.integers is not None:
+        return f"integer matrices of layout `{config.integers.name}` are read by the reference"
+    return unserved(config, engine)

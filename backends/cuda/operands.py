@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from v4sdk.errors import ShapeError
 from v4sdk.numerics import Numerics
-from v4sdk.weights import Weight
+from v4sdk.weights import INTEGERS, Weight
 
 from .target import Target
 
@@ -17,7 +18,13 @@ GROUP = 128
 
 
 def data_of(weight: Weight, target: Target) -> Tensor:
-    """The stored values as a kernel's pointer: FP8 as bytes on chips without that type."""
+    """The stored values as a kernel's pointer: FP8 as bytes on chips without that type.
+
+    Raises:
+        ShapeError: if the encoding is none that kernels read; the table declines such models before.
+    """
+    if weight.encoding in INTEGERS:
+        raise ShapeError(f"no kernel reads a matrix of {weight.encoding}, expected float, fp8 or fp4")
     if weight.encoding == "fp8":
         return weight.data.view(torch.float8_e4m3fn if target.has_fp8 else torch.uint8)
     if weight.encoding == "fp4":

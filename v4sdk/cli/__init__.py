@@ -24,6 +24,7 @@ _COMMANDS = {
     "run": ("v4sdk.cli.run", "Answer a prompt, a file of prompts, or chat."),
     "backends": ("v4sdk.cli.report", "List installed backends and whether they can be used here."),
     "info": ("v4sdk.cli.report", "Describe a checkpoint from its headers: sizes, memory, dialect."),
+    "convert": ("v4sdk.cli.convert", "Rewrite a checkpoint's weights as a backend's device wants them."),
     "doctor": ("v4sdk.cli.report", "Show what was found on this machine, and what is missing."),
     "conformance": ("v4sdk.cli.report", "Compare every op of a backend with its reference."),
 }
