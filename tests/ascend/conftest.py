@@ -12,7 +12,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def _testing(name: str) -> Any:
 
 stub = _testing("stub")
 wheels = _testing("wheels")
-schemas = _testing("schemas")
+_schemas = _testing("schemas")
 
 # tests that only a child with the stand-in can run
 collect_ignore = [] if stub.SOC in os.environ else ["inside"]
@@ -101,20 +101,42 @@ class StandIn:
         return {word: int(count) for count, word in re.findall(r"(\d+) (\w+)", tail[0])}
 
 
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version))
+
+
+def _tables() -> tuple[Any, ...]:
+    return tuple(sorted(_schemas.load(SCHEMAS), key=lambda t: (t.distribution, _release(t.version))))
+
+
+@pytest.fixture(scope="session")
+def schemas() -> Any:
+    """The module that reads schemas."""
+    return _schemas
+
+
+@pytest.fixture(scope="session")
 def tables() -> tuple[Any, ...]:
     """The committed tables, oldest release first."""
-    return tuple(sorted(schemas.load(SCHEMAS), key=lambda t: (t.distribution, release(t.version))))
+    return _tables()
 
 
-def release(version: str) -> tuple[int, ...]:
-    """The numbers of a version, in order."""
-    return tuple(int(number) for number in re.findall(r"\d+", version))
+@pytest.fixture(scope="session")
+def release() -> Callable[[str], tuple[int, ...]]:
+    """The numbers of a version, in order: what versions are compared by."""
+    return _release
+
+
+@pytest.fixture(scope="session")
+def socs() -> Mapping[str, str]:
+    """A chip of each family, by the name its driver gives."""
+    return SOCS
 
 
 @pytest.fixture(scope="session")
 def stand_in(tmp_path_factory: pytest.TempPathFactory) -> StandIn:
     """The vendor's wheel behind the stand-in for CANN; the test is skipped where one of them cannot be had."""
-    table = next(t for t in tables() if (t.distribution, t.version) == ("torch-npu", VERSION))
+    table = next(t for t in _tables() if (t.distribution, t.version) == ("torch-npu", VERSION))
     reason = wheels.cannot_load(table)
     if reason is not None:
         pytest.skip(f"the vendor's wheel was not looked at: {reason}")

@@ -27,7 +27,7 @@ from . import prebuilt
 
 _WORDS = (
     r"Tensor|int|float|bool|str|Scalar|ScalarType|SymInt|Device|Layout|MemoryFormat|Generator|Dimname|Storage"
-    r"|__torch__[\w.]+"
+    r"|__torch__[\w.]+|Dict\(\w+, \w+\)"
 )
 _TYPE = rf"(?:(?:{_WORDS})(?:\([a-z]!?\)|!)?(?:\?|\[\d*\])*)"
 _NAME = re.compile(r"([A-Za-z_]\w*)(?:\.(\w+))?\(")
