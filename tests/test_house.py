@@ -44,6 +44,7 @@ BACKEND_MAY_IMPORT = {
     "ops",
     "quant",
     "testing",
+    "weight_formats",
     "weights",
 }
 # third-party library -> rooms of v4sdk that may import it

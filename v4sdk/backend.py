@@ -214,6 +214,13 @@ class Backend(ABC):
         """Lay a weight out for this device once, at load (optional; default: move it). `role` is the tensor's name."""
         return weight.to(self.device)
 
+    def converted(self, role: str, weight: Weight) -> Weight:
+        """A matrix as folders made for this device store it, see `convert_targets` (optional; default: as released).
+
+        Conformance gives kernels such matrices. `role` is an op's parameter, `experts` for those of a routed expert.
+        """
+        return weight
+
     def prepare_experts(self, role: str, experts: ExpertWeights) -> ExpertWeights:
         """Lay the routed experts of one layer out (optional).
 

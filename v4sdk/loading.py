@@ -166,6 +166,7 @@ def open_model(model: str | Path | None, options: LoadOptions, on_progress: OnPr
     folder = bundled_folder() if model is None else hub.resolve(model, options.revision, on_progress)
     with Checkpoint(folder) as checkpoint:
         config = checkpoint.config
+        backend.check(config, folder)
         if team:
             expert_bounds(config.n_routed_experts, team.processes)
         settings = read_settings(folder, config)

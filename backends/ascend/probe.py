@@ -20,8 +20,8 @@ import torch
 
 from v4sdk.errors import BackendUnavailable
 
-from .chip import BOARDS, Chip, Family, by_code
-from .versions import NEWEST_CANN, cann_of, fits_torch, pair_for, torch_release
+from .chip import Chip, Family, by_code
+from .versions import cann_of
 
 TOOLKIT_VARIABLE = "ASCEND_HOME_PATH"
 VISIBLE_VARIABLE = "ASCEND_RT_VISIBLE_DEVICES"
@@ -41,14 +41,6 @@ _DRIVER_FILE = Path("/usr/local/Ascend/driver/version.info")
 _NODES = Path("/dev")
 # in every CANN that torch_npu can start with, and not among what the stand-in has
 _REAL_SYMBOL = "aclrtSetDeviceSatMode"
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why Ascend cannot be used here, in words, and the way out."""
-
-    reason: str
-    hint: str
 
 
 @dataclass(frozen=True)
@@ -115,76 +107,6 @@ def look() -> Machine:
     )  # fmt: skip
 
 
-def refusal(machine: Machine) -> Refusal | None:
-    """Why a machine cannot be used, as far as looking says; None if torch_npu may be loaded."""
-    for judge in (_without_package, _with_wrong_torch, _without_runtime, _without_npu):
-        found = judge(machine)
-        if found is not None:
-            return found
-    return None
-
-
-def _without_package(m: Machine) -> Refusal | None:
-    if m.has_package:
-        return None
-    install = pair_for(m.cann, m.torch)
-    if m.toolkit is None and m.missing is not None:
-        return Refusal(
-            "neither CANN nor torch_npu is installed",
-            f"install the NPU's driver and CANN {NEWEST_CANN}, source its set_env.sh, then {install}; or --backend auto",
-        )
-    what = f"CANN {m.cann}" if m.cann else "CANN"
-    return Refusal(f"{what} is here, but torch_npu is not installed", install)
-
-
-def _with_wrong_torch(m: Machine) -> Refusal | None:
-    if m.torch_npu is not None and not fits_torch(m.torch_npu, m.torch):
-        wanted = torch_release(m.torch_npu)
-        return Refusal(
-            f"torch_npu {m.torch_npu} was built for torch {wanted}, and this is torch {m.torch}",
-            f"pip install torch=={wanted}, or another pair: {pair_for(m.cann, m.torch)}",
-        )
-    if m.accelerator is not None:
-        release = torch_release(m.torch)
-        return Refusal(
-            f"this torch already serves `{m.accelerator}`, and two vendors' devices cannot share a process",
-            f"in an environment of its own: pip install torch=={release} --index-url https://download.pytorch.org/whl/cpu",
-        )
-    return None
-
-
-def _without_runtime(m: Machine) -> Refusal | None:
-    if m.missing is None:
-        return None
-    if m.toolkit is not None:
-        return Refusal(
-            f"CANN in {m.toolkit} cannot be loaded: {m.missing}",
-            f"source {m.toolkit}/set_env.sh, or set_env.sh beside it",
-        )
-    paired = cann_of(m.torch_npu or "")
-    what = f"CANN {paired}, which torch_npu {m.torch_npu} was released for" if paired else "CANN"
-    return Refusal(
-        f"torch_npu is installed, but CANN is not found: {m.missing}",
-        f"install {what}, and source its set_env.sh",
-    )
-
-
-def _without_npu(m: Machine) -> Refusal | None:
-    if m.emulates:
-        return None
-    if m.is_stand_in:
-        return Refusal(
-            "CANN is a link-time stand-in here, behind which there is no NPU",
-            f"{EMULATE_VARIABLE}=1 computes the vendor's functions on the CPU; unset {STAND_IN_VARIABLE} for a real one",
-        )
-    if not m.nodes:
-        return Refusal(
-            "there is no /dev/davinci*: no NPU, no driver, or a container that was given none",
-            "npu-smi info lists the NPUs of a host; a container wants --device /dev/davinci0 --device /dev/davinci_manager",
-        )
-    return None
-
-
 def load() -> Any:
     """Import torch_npu; the only place that does.
 
@@ -207,6 +129,22 @@ def load() -> Any:
             f"torch_npu {installed} cannot be loaded: {why(exc)}",
             hint=f"source the set_env.sh of CANN; torch_npu {installed} {released}",
         ) from exc
+
+
+def emulate() -> None:
+    """Let the CPU compute the vendor's functions, from the vendor's documents; `load` came before.
+
+    Raises:
+        BackendUnavailable: this installation is without the emulators.
+    """
+    try:
+        emulators = importlib.import_module(".testing.emulators", __package__)
+    except ModuleNotFoundError as exc:
+        raise BackendUnavailable(
+            f"{EMULATE_VARIABLE} is set, but the emulators are not part of this installation",
+            hint=f"pip install -e . in a checkout of v4sdk brings them; unset {EMULATE_VARIABLE} for an NPU",
+        ) from exc
+    emulators.install()
 
 
 def why(error: BaseException) -> str:
@@ -245,16 +183,6 @@ def find(npu: Any, emulates: bool = False) -> Device:
         count, index, str(devices.get_device_name(index)), code, by_code(code), str(npu.__version__), cann,
         None if emulates else _memory(devices),
     )  # fmt: skip
-
-
-def verdict(device: Device) -> str:
-    """What this chip can run, in one line."""
-    if device.family is None:
-        return f"SoC code {device.code} is not known here: no vendor's function is called, ops run their references"
-    board = f"{device.family} ({BOARDS[device.family]})"
-    if device.family == "950":
-        return f"{board}: FP8 and FP4 checkpoints as they are"
-    return f"{board}: INT8 or INT4 checkpoints, made by v4sdk convert; it has no FP8 or FP4 matrix products"
 
 
 def version(distribution: str) -> str | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from v4sdk.backend import Backend
 from v4sdk.ops.rows import load_index, load_kv
-from v4sdk.weights import ExpertWeights, Weight
+from v4sdk.weights import ExpertWeights, Weight, stack
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -60,6 +60,29 @@ def _placed(name: str, value: Any, backend: Backend) -> Any:
     return map_tensors(value, backend.place)
 
 
+def as_kept(op_name: str, args: dict[str, Any], backend: Backend) -> dict[str, Any]:
+    """Arguments as a run of this backend has them: matrices as folders made for it store them, cache rows in its format."""
+    return {name: _kept(op_name, name, value, args, backend) for name, value in args.items()}
+
+
+def _kept(op_name: str, name: str, value: Any, args: dict[str, Any], backend: Backend) -> Any:
+    if isinstance(value, Weight):
+        return backend.converted(name, value)
+    if isinstance(value, ExpertWeights):
+        return _kept_experts(value, backend)
+    if isinstance(value, Tensor) and value.dtype == torch.uint8 and "native" not in backend.kv_formats:
+        dtype = torch.bfloat16 if backend.kv_formats[0] == "bf16" else torch.float32
+        return _decoded(op_name, name, value, args).to(dtype)
+    return value
+
+
+def _kept_experts(experts: ExpertWeights, backend: Backend) -> ExpertWeights:
+    each = [experts.expert(e) for e in range(experts.num_experts)]
+    w1, w2, w3 = (tuple(backend.converted("experts", one[i]) for one in each) for i in range(3))
+    packed = (stack(w1), stack(w2), stack(w3)) if experts.packed is not None else None
+    return ExpertWeights(w1, w2, w3, packed) if experts.w1 else ExpertWeights(packed=packed)
+
+
 def is_bit_equal(actual: Tensor, expected: Tensor) -> bool:
     """Same shape, dtype and bytes."""
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
@@ -71,12 +94,19 @@ def is_bit_equal(actual: Tensor, expected: Tensor) -> bool:
 def readable(op_name: str, argument: str, tensor: Tensor, args: dict[str, Any]) -> Tensor:
     """A cache tensor as numbers, without its scratch row, which belongs to nobody and may hold anything."""
     kept = tensor[:-1]
-    if kept.dtype != torch.uint8:
-        return kept
-    if op_name == "compress" and args["is_index"]:
-        return load_index(kept, args["norm"].shape[0])
-    if op_name == "compress":
-        return load_kv(kept, args["norm"].shape[0], 2 * args["inv_freq"].shape[0])
-    if op_name == "kv_project_store":
-        return load_kv(kept, args["kv_norm"].shape[0], args["rope_table"].shape[-1])
-    return kept
+    return _decoded(op_name, argument, kept, args) if kept.dtype == torch.uint8 else kept
+
+
+def _decoded(op_name: str, argument: str, rows: Tensor, args: dict[str, Any]) -> Tensor:
+    """Packed cache rows as float32; what is no cache of the op stays as it is."""
+    if op_name == "compress" and argument == "entries" and args["is_index"]:
+        return load_index(rows, args["norm"].shape[0])
+    if op_name == "compress" and argument == "entries":
+        return load_kv(rows, args["norm"].shape[0], 2 * args["inv_freq"].shape[0])
+    if op_name == "kv_project_store" and argument == "window":
+        return load_kv(rows, args["kv_norm"].shape[0], args["rope_table"].shape[-1])
+    if op_name == "index_topk" and argument == "keys":
+        return load_index(rows, args["q"].shape[-1])
+    if op_name == "sparse_attn" and argument in ("window", "entries"):
+        return load_kv(rows, args["q"].shape[-1], args["rope_dim"])
+    return rows

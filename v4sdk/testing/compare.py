@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,10 @@ DEFAULT_TOLERANCES: Mapping[torch.dtype, Tolerance] = {
     torch.float16: Tolerance(1e-3, 2e-3, "two units of an 11-bit mantissa"),
     torch.bfloat16: Tolerance(1e-2, 1.6e-2, "two units of an 8-bit mantissa"),
 }
+# each of at most three roundings in a row moves a vector of 4 standard deviations by 4 / 127 / sqrt(12) of its length
+INTEGER_INPUTS = Tolerance(
+    0.0, 2e-2, "of the whole tensor: inputs of integer products are rounded to 8 bits token by token"
+)
 EXACT = Tolerance(0.0, 0.0, "discrete values")
 # packed rows hold FP8 and FP4 codes: a value on a rounding boundary moves by one step, of at most 1/8 and 1/2
 PACKED = Tolerance(2e-2, 0.13, "one step of the FP8 grid")
@@ -90,6 +94,13 @@ def _as_vectors(a: Tensor, e: Tensor) -> tuple[float, float]:
     if not size or not own:
         return (float("inf") if apart and not size else float(apart > 0), float(apart == 0))
     return apart / size, float((a * e).sum()) / (size * own)
+
+
+def by_norm(found: Difference) -> Difference:
+    """Judge a difference of floating-point results by its relative L2 instead: inputs of integer products were rounded."""
+    if found.problem is not None or not found.max_abs or found.tolerance.atol + found.tolerance.rtol == 0:
+        return found
+    return replace(found, worst=found.relative_l2 / INTEGER_INPUTS.rtol, tolerance=INTEGER_INPUTS)
 
 
 def compare_selection(actual: Tensor, expected: Tensor, max_flipped: float) -> Difference:
