@@ -17,7 +17,7 @@ from v4sdk.errors import ShapeError
 
 from ..chip import FAMILIES, Family
 from ..providers import Provider
-from .tiles import TILES, power_of_two
+from .tiles import TILES
 
 _STORED = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -56,10 +56,9 @@ def rotate(family: Family, x: Tensor, table: Tensor, inverse: bool = False) -> T
         from .rope import rope_kernel
 
         tile = TILES[family]
-        rope_kernel[(min(tokens, tile.vector_cores),)](
+        rope_kernel[tile.programs(tokens)](
             rows, table, tokens, rows.stride(0), rows.stride(1), table.stride(0),
-            HEADS=heads, FIRST=dim - 2 * half, HALF=half, INVERSE=inverse,
-            BH=min(tile.rope_heads, power_of_two(heads)), BR=power_of_two(half),
+            **tile.rope(heads, dim, half, inverse),
         )  # fmt: skip
     return x
 
@@ -95,10 +94,9 @@ def hc_pre(
         from .mixes import mixes_kernel
 
         tile = TILES[family]
-        block = min(tile.mix_tokens, power_of_two(tokens))
-        mixes_kernel[(min(-(-tokens // block), tile.vector_cores),)](
-            products, mean_square, base, scale, pre, post, comb, tokens, iterations, norm_eps, hc_eps,
-            M=m, MP=power_of_two(m), BT=block,
+        constants = tile.mixes(tokens, m)
+        mixes_kernel[tile.programs(-(-tokens // constants["BT"]))](
+            products, mean_square, base, scale, pre, post, comb, tokens, iterations, norm_eps, hc_eps, **constants
         )  # fmt: skip
     u = torch.einsum("tm,tmn->tn", pre, streams).to(x.dtype)
     return u, post, comb
@@ -135,10 +133,9 @@ def swiglu_quant(
         from .swiglu import swiglu_kernel
 
         tile = TILES[family]
-        swiglu_kernel[(min(rows, tile.vector_cores),)](
-            gate, up, scales if weights is None else weights.float().contiguous(), codes, scales,
-            rows, gate.stride(0), limit,
-            WIDTH=width, WEIGHTED=weights is not None, BLOCK=min(tile.swiglu_columns, power_of_two(width)),
+        factors = scales if weights is None else weights.float().contiguous()
+        swiglu_kernel[tile.programs(rows)](
+            gate, up, factors, codes, scales, rows, gate.stride(0), limit, **tile.swiglu(width, weights is not None)
         )  # fmt: skip
     return codes, scales
 

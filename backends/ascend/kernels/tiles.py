@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..chip import Family
 
@@ -22,6 +23,31 @@ class Tile:
     rope_heads: int
     mix_tokens: int
     swiglu_columns: int
+
+    def programs(self, pieces: int) -> tuple[int]:
+        """The grid for a number of pieces, of which each program takes every so manieth."""
+        return (min(pieces, self.vector_cores),)
+
+    def rope(self, heads: int, dim: int, half: int, inverse: bool) -> dict[str, Any]:
+        """Constants of `rope_kernel`."""
+        return {
+            "HEADS": heads, "FIRST": dim - 2 * half, "HALF": half, "INVERSE": inverse,
+            "BH": min(self.rope_heads, power_of_two(heads)), "BR": power_of_two(half),
+        }  # fmt: skip
+
+    def mixes(self, tokens: int, streams: int) -> dict[str, Any]:
+        """Constants of `mixes_kernel`."""
+        return {
+            "M": streams,
+            "MP": power_of_two(streams),
+            "BT": min(self.mix_tokens, power_of_two(tokens)),
+        }
+
+    def swiglu(self, width: int, weighted: bool) -> dict[str, Any]:
+        """Constants of `swiglu_kernel`."""
+        return {
+            "WIDTH": width, "WEIGHTED": weighted, "BLOCK": min(self.swiglu_columns, power_of_two(width)),
+        }  # fmt: skip
 
 
 # the compiler keeps two of every buffer that memory is read into on 910B and 910C, and one on 950
