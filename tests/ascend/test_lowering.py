@@ -1,4 +1,4 @@
-"""The kernels through the vendor's compiler: the committed table is whole and of these sources; the compiler itself runs on demand."""
+"""The kernels through the vendor's compiler: the committed table is whole and of these sources; the compiler runs on demand."""
 
 from __future__ import annotations
 
