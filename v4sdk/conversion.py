@@ -25,6 +25,7 @@ from v4sdk.tensors import TensorSpec, expected_tensors
 
 # written anew; all other small files of a folder are the same for every form of its weights
 _OWN_FILES = frozenset(("config.json", INDEX_NAME))
+_COMPANIONS = (*SMALL_FILES, "LICENSE*")
 _WORDS = {
     "F8_E4M3": "FP8 E4M3", "I8": "FP4 E2M1", "BF16": "BF16", "F32": "float32",
     "int8": "INT8", "int4": "INT4", "float": "BF16",
@@ -75,7 +76,7 @@ def convert(
         ConfigError: if the layout does not fit the model's shapes.
     """
     target = Path(target)
-    _check_target(target)
+    check_target(target)
     with Checkpoint(source) as checkpoint:
         config = checkpoint.config
         if config.integers:
@@ -102,20 +103,25 @@ def _write(source: Path, target: Path, config: ModelConfig, tensors: FloatTensor
     try:
         folder = staging / "folder"
         written = write_checkpoint(folder, config, tensors, on_shard=tally.shard, on_rounded=tally.rounded)
-        for pattern in SMALL_FILES:
+        for pattern in _COMPANIONS:
             for file in source.glob(pattern):
                 name = file.relative_to(source)
                 if file.is_file() and str(name) not in _OWN_FILES:
                     (folder / name).parent.mkdir(exist_ok=True)
                     shutil.copyfile(file, folder / name)
-        _check_target(target)
+        check_target(target)
         folder.rename(target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return written
 
 
-def _check_target(target: Path) -> None:
+def check_target(target: Path) -> None:
+    """Refuse a place that cannot become a converted folder.
+
+    Raises:
+        CheckpointError: if something is there, or the folder around it is missing.
+    """
     if target.exists() or target.is_symlink():
         raise CheckpointError(
             f"`{target}` exists, and a conversion overwrites nothing",

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from v4sdk.config import ModelConfig
 from v4sdk.encodings import Encoding, IntegerLayout
+from v4sdk.errors import ShapeError
 from v4sdk.numerics import KVFormat
+from v4sdk.quant import int4_unpack, split_last
 from v4sdk.weights import Weight
 
 from .chip import FAMILIES, Family
@@ -85,10 +87,16 @@ def offline_bias(weight: Weight) -> Tensor:
 
     Shapes:
         weight [.., out, in] int4 -> [.., out] float32
+    Raises:
+        ShapeError: if the weight is not int4.
     Source:
-        spec of the chips' int8 x int4 product; the identity is exact in integers, so per row before scales
+        the vendor's int8 x int4 grouped product, which takes the sum as its bias
     """
-    return 8.0 * weight.dequantize().sum(-1)
+    if weight.encoding != "int4" or weight.scale is None:
+        raise ShapeError(f"the offline bias is of int4 matrices, got {weight.encoding}")
+    # numbers first: their sums are whole, and only the scale rounds
+    sums = split_last(int4_unpack(weight.data), weight.block[1]).sum(-1)
+    return 8.0 * (sums * weight.scale).sum(-1)
 
 
 def int8_halves(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -38,9 +38,12 @@ def convert(source: str, target: Path, layout: str, revision: str | None, as_jso
     Values are rounded: the answers of the new folder differ from those of the old one.
     """
     chosen = _layout(layout)
+    from v4sdk.conversion import check_target
     from v4sdk.conversion import convert as write
     from v4sdk.hub import resolve
 
+    # before a long download
+    check_target(target)
     progress = ProgressLine()
     try:
         found = write(resolve(source, revision, progress), target, chosen, progress)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from v4sdk import ops
 from v4sdk.backend import Backend, EngineConfig, Kernel, kernel
 from v4sdk.config import ModelConfig
+from v4sdk.encodings import IntegerLayout
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -49,3 +50,7 @@ class EchoBackend(Backend):
     def kernels(self) -> Sequence[Kernel[Any, Any]]:
         """The table."""
         return (kernel(ops.rms_norm, rms_norm, unless=_too_wide), kernel(ops.hc_post, hc_post))
+
+    def convert_targets(self) -> Mapping[str, IntegerLayout]:
+        """For `v4sdk convert SOURCE TARGET --for echo-w8`: experts as int8, all else float."""
+        return {"echo-w8": IntegerLayout("echo-w8", int8=("*.ffn.experts.*", "*.ffn.shared_experts.*"))}
