@@ -31,7 +31,7 @@ class Call:
         source: "wheel", whose schemas are committed and checked, or "transcribed": from a document at a commit.
         keyword_950, since_950: further keywords that are passed on that family alone, and the version they came with.
         schema: as the document gives it; empty for a wheel's.
-        use: "step" (a run may call it), "exchange" (only expert parallelism does), "declined" (no provider takes it, and says why).
+        use: "step" (a run may call it), "exchange" (only expert parallelism does), "declined" (passed over, with a reason).
     """
 
     pack: Pack

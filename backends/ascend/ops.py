@@ -1,0 +1,152 @@
+"""Who serves each op: the choice among providers, with a reason for everyone passed over, and what happens when one fails.
+
+Order per op: cann_ops_transformer, vllm-ascend, torch_npu, our own kernels, then the op's parts or its reference.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from v4sdk.backend import EngineConfig, Kernel
+from v4sdk.config import ModelConfig
+from v4sdk.ops import OPS
+from v4sdk.ops.batch import Batch
+from v4sdk.ops.op import OpTable
+
+from .chip import Family
+from .contract import Vendor, contract, lacks
+from .kernels.launch import PROVIDERS as KERNELS
+from .providers import Calls, Provider, stock, transformer, vendorpack
+
+log = logging.getLogger(__name__)
+
+PROVIDERS: tuple[Provider, ...] = (
+    *transformer.PROVIDERS,
+    *vendorpack.PROVIDERS,
+    *stock.PROVIDERS,
+    *KERNELS,
+)
+_PARTS = "parts"
+
+
+@dataclass
+class Choice:
+    """Who serves one op, for reports; complete once a model was bound.
+
+    Attributes:
+        by: a pack, `kernels`, or `parts` (parts or reference on the chip's tensors).
+        passed_over: why those before it do not serve.
+    """
+
+    op: str
+    by: str = _PARTS
+    passed_over: list[str] = field(default_factory=list)
+
+
+def choose(
+    vendor: Vendor, family: Family, rows: Sequence[Provider]
+) -> tuple[tuple[Kernel[Any, Any], ...], tuple[Choice, ...]]:
+    """Build the table of a run: one kernel per op that has a provider for this chip.
+
+    The live dispatcher and the chip are asked here, the model's shapes when the table is bound.
+
+    Args:
+        rows: providers, those to be preferred first.
+
+    Returns:
+        kernels for `v4sdk.backend.bind`, and what was chosen; binding completes the latter.
+    """
+    parts = OpTable({})
+    kernels, choices = [], []
+    for name, op in OPS.items():
+        chain = _Chain(name, family, [row for row in rows if row.op == name], Calls(vendor, parts, family))
+        if chain.known:
+            parts.set(name, chain.function)
+            kernels.append(Kernel(op, chain.function, chain.unless))
+            choices.append(chain.choice)
+    return tuple(kernels), tuple(choices)
+
+
+class _Chain:
+    """The providers of one op in order; the first that serves runs, and one that fails on first use gives way to the next."""
+
+    def __init__(self, op: str, family: Family, rows: Sequence[Provider], calls: Calls) -> None:
+        self.choice = Choice(op)
+        self.known = bool(rows)
+        self._family = family
+        self._absent = [f"{r.pack}: {why}" for r in rows if (why := _absent(r, family))]
+        self._present = [row for row in rows if not _absent(row, family)]
+        self._calls = calls
+        self._serving: list[tuple[str, Callable[..., Any]]] = []
+        self._proven: set[tuple[str, bool]] = set()
+        self._rest = OPS[op].build(calls.ops)
+
+        @functools.wraps(self._rest)
+        def function(*args: Any, **kwargs: Any) -> Any:
+            return self._run(args, kwargs)
+
+        function.__signature__ = OPS[op].signature  # type: ignore[attr-defined]
+        self.function: Callable[..., Any] = function
+
+    def unless(self, config: ModelConfig, engine: EngineConfig) -> str | None:
+        """Choose for a model: None if anyone serves, else why nobody does."""
+        passed = list(self._absent)
+        self._serving = []
+        for row in self._present:
+            why = row.unless(config, engine, self._family)
+            if why is None:
+                self._serving.append((row.pack, self._bound(row)))
+            elif not self._serving:
+                passed.append(f"{row.pack}: {why}")
+        self.choice.passed_over = passed
+        self.choice.by = self._serving[0][0] if self._serving else _PARTS
+        return None if self._serving else "; ".join(passed)
+
+    def _bound(self, row: Provider) -> Callable[..., Any]:
+        return row.function if row.pack == "kernels" else functools.partial(row.function, self._calls)
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # prompts and decode steps may take different ways through a provider
+        decode = any(isinstance(a, Batch) and a.is_decode for a in (*args, *kwargs.values()))
+        while self._serving:
+            pack, serve = self._serving[0]
+            if (pack, decode) in self._proven:
+                return serve(*args, **kwargs)
+            try:
+                result = serve(*args, **kwargs)
+            except (
+                Exception
+            ) as exc:  # whatever a vendor's library raises on first use, the next provider may do without
+                self._serving.pop(0)
+                self._passed(pack, exc)
+                continue
+            self._proven.add((pack, decode))
+            return result
+        return self._rest(*args, **kwargs)
+
+    def _passed(self, pack: str, exc: Exception) -> None:
+        next_one = self._serving[0][0] if self._serving else _PARTS
+        why = f"{type(exc).__name__}: {' '.join(str(exc).split())[:300]}"
+        log.warning(
+            "%s: %s failed on first use, %s serves it from now on: %s", self.choice.op, pack, next_one, why
+        )
+        self.choice.passed_over.append(f"{pack}: failed on first use: {why}")
+        self.choice.by = next_one
+
+
+def _absent(row: Provider, family: Family) -> str | None:
+    """Why a provider is not there at all on this chip, with the libraries that are loaded."""
+    if family not in row.chips:
+        return f"is for {', '.join(sorted(row.chips))}"
+    for key in row.calls:
+        call = contract()[key]
+        if family not in call.chips:
+            return f"{key} is documented for {', '.join(sorted(call.chips))}"
+        why = lacks(call, family)
+        if why:
+            return why
+    return None

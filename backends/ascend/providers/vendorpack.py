@@ -1,0 +1,33 @@
+"""What vllm-ascend's kernels serve; its wheel has them for the 910B, a build of its sources for the others."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from . import A2_A3, EVERYWHERE, Provider, compressor, gate, indexer, narrow, projection, rotary, window
+from . import streams as hc
+
+_AT = "_C_ascend."
+_ROPE = f"{_AT}inplace_partial_rotary_mul"
+_INDEXER = (f"{_AT}npu_vllm_quant_lightning_indexer_metadata", f"{_AT}npu_vllm_quant_lightning_indexer")
+_ATTENTION = (f"{_AT}npu_sparse_attn_sharedkv_metadata", f"{_AT}npu_sparse_attn_sharedkv")
+_GATE = f"{_AT}moe_gating_top_k_hash"
+
+PROVIDERS: tuple[Provider, ...] = (
+    Provider("hc_pre", "vendorpack", (f"{_AT}npu_hc_pre_v2",), EVERYWHERE, hc.vendorpack_pre, hc.vendorpack_unless),
+    Provider("hc_post", "vendorpack", (f"{_AT}npu_hc_post",), EVERYWHERE, hc.vendorpack_post, hc.vendorpack_unless),
+    Provider("q_project", "vendorpack", (_ROPE,), EVERYWHERE, partial(projection.q_project, rotary.vendorpack), narrow),
+    Provider(
+        "kv_project_store", "vendorpack", (_ROPE,), EVERYWHERE, partial(projection.kv_project_store, rotary.vendorpack), narrow
+    ),
+    Provider("index_query", "vendorpack", (_ROPE,), EVERYWHERE, partial(projection.index_query, rotary.vendorpack), narrow),
+    Provider("grouped_out", "vendorpack", (_ROPE,), EVERYWHERE, partial(projection.grouped_out, rotary.vendorpack), narrow),
+    Provider("compress", "vendorpack", (f"{_AT}compressor",), A2_A3, compressor.compress, compressor.unless),
+    Provider("index_topk", "vendorpack", _INDEXER, A2_A3, indexer.index_topk, indexer.quantised),
+    Provider(
+        "sparse_attn", "vendorpack", _ATTENTION, A2_A3, partial(window.sparse_attn, window.vendorpack),
+        window.vendorpack_unless,
+    ),
+    Provider("route", "vendorpack", (_GATE,), EVERYWHERE, gate.route, gate.unless),
+    Provider("route_hash", "vendorpack", (_GATE,), EVERYWHERE, gate.route_hash, gate.unless),
+)  # fmt: skip
