@@ -11,13 +11,35 @@ from functools import cache
 
 import torch
 
-from . import attention, compressor, exchange, hyper_connection, indexer, moe, norm_rope, quant
+from . import (
+    attention,
+    compressor,
+    exchange,
+    grouped,
+    hyper_connection,
+    indexer,
+    moe,
+    norm_rope,
+    quant,
+    sparse_flash,
+)
 from . import libraries as packs
 from .documented import EMULATORS, Refused, family
 from .libraries import define
 
 LIBRARIES = ("npu", *packs.LIBRARIES)
-FAMILIES = (attention, compressor, exchange, hyper_connection, indexer, moe, norm_rope, quant)
+MODULES = (
+    attention,
+    compressor,
+    exchange,
+    grouped,
+    hyper_connection,
+    indexer,
+    moe,
+    norm_rope,
+    quant,
+    sparse_flash,
+)
 
 __all__ = ["EMULATORS", "LIBRARIES", "Refused", "define", "family", "install"]
 

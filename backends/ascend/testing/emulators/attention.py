@@ -1,6 +1,6 @@
-"""Attention over shared keys and values: `npu_sparse_flash_attention`, `sparse_flash_mla`, `npu_sparse_attn_sharedkv`.
+"""Attention over a window and compressed rows: `sparse_flash_mla` and `npu_sparse_attn_sharedkv` of the packs.
 
-All have one KV head that is key and value at once. Softmax, sums and the weighted values are float32.
+One KV head is key and value at once. Softmax, sums and the weighted values are float32.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .attention_rows import QUERIES, index_rows, kv_rows, query_rows, softmax_rows
 from .documented import (
     HALF,
-    MAX_INT64,
     Refused,
     division_of_work,
     emulates,
@@ -22,50 +22,9 @@ from .documented import (
     want_dtype,
     want_shape,
 )
-from .paged import Rows, equal, packed, paged, query_blocks
+from .paged import Rows, query_blocks
 
-_QUERIES = 32
 _WINDOW = 128
-
-
-def _softmax_rows(
-    q: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: float, sinks: Tensor | None
-) -> Tensor:
-    """Softmax over the rows each query sees; a sink joins the denominator alone.
-
-    Shapes:
-        q [Q, N, D], keys [Q, n, D], values [Q, n, V], seen [Q, n] bool, sinks [N] -> [Q, N, V]; all float32
-    """
-    logits = torch.where(seen[:, None], torch.einsum("qhd,qnd->qhn", q, keys) * scale, -torch.inf)
-    top = logits.amax(-1, keepdim=True) if logits.shape[-1] else torch.full((*q.shape[:2], 1), -torch.inf)
-    if sinks is not None:
-        top = torch.maximum(top, sinks[:, None])
-    top = torch.where(top == -torch.inf, 0.0, top)
-    p = torch.exp(logits - top)
-    total = p.sum(-1, keepdim=True)
-    if sinks is not None:
-        total = total + torch.exp(sinks[:, None] - top)
-    values = torch.where(seen[..., None], values, 0.0)
-    return torch.einsum("qhn,qnv->qhv", p, values) / total
-
-
-def _layout_q(q: Tensor, layout: str, bounds: Tensor | None, used: Tensor | None) -> Rows:
-    if layout == "TND":
-        refuse(q.dim() != 3, f"TND queries have 3 dims, got {q.dim()}")
-        return packed("q", q, bounds, used)
-    refuse(layout != "BSND" or q.dim() != 4, f"layout `{layout}` of a query with {q.dim()} dims")
-    return equal("q", q, used)
-
-
-def _index_rows(indices: Tensor, layout: str) -> Tensor:
-    """[T, 1, K] or [B, S, 1, K] as rows [.., K] in the order of queries."""
-    want_dtype("sparse indices", indices, torch.int32)
-    want_contiguous(indices=indices)
-    refuse(
-        indices.dim() != (3 if layout == "TND" else 4) or indices.shape[-2] != 1,
-        f"indices are {list(indices.shape)}",
-    )
-    return indices.flatten(0, -3)[:, 0]
 
 
 def _windowed(
@@ -79,7 +38,7 @@ def _windowed(
     """
     out = torch.zeros(queries.data.shape, dtype=torch.float32)
     assert queries.starts is not None
-    for b, local in query_blocks(queries, _QUERIES):
+    for b, local in query_blocks(queries, QUERIES):
         rows = queries.starts[b] + local
         pos = (window.lengths[b] - queries.lengths[b] + local)[:, None]
         near = pos - torch.arange(_WINDOW - 1, -1, -1)
@@ -97,7 +56,7 @@ def _windowed(
             more = compressed.at(b, torch.where(known, far, 0))[:, :, 0].float() if known.any() else None
             if more is not None:
                 keys, seen = torch.cat((keys, more), 1), torch.cat((seen, known), 1)
-        out[rows] = _softmax_rows(queries.data[rows].float(), keys, keys, seen, scale, sinks)
+        out[rows] = softmax_rows(queries.data[rows].float(), keys, keys, seen, scale, sinks)
     return out.view(q.shape).to(q.dtype)
 
 
@@ -136,19 +95,6 @@ def _masks(
         cmp_mask_mode not in ((3,) if has_cmp else (0, 3)),
         f"cmp_mask_mode is {cmp_mask_mode}, documented is 3",
     )
-
-
-def _kv_rows(
-    name: str, kv: Tensor, layout: str, bounds: Tensor | None, used: Tensor | None, table: Tensor | None,
-    lengths: tuple[int, ...] | None = None,
-) -> Rows:  # fmt: skip
-    if layout == "TND":
-        refuse(kv.dim() != 3, f"TND {name} has 3 dims, got {kv.dim()}")
-        return packed(name, kv, bounds, used)
-    refuse(kv.dim() != 4, f"{name} has {kv.dim()} dims, documented are 4")
-    if layout.startswith("PA_"):
-        return paged(name, kv, table, used, lengths)
-    return equal(name, kv, used)
 
 
 @emulates("cann_ops_transformer", "sparse_flash_mla")
@@ -193,7 +139,7 @@ def sparse_flash_mla(
     )
     here = family()
     refuse(here == "950" and q.shape[-2] == 1, "one query head is not supported on 950")
-    picks = None if cmp_sparse_indices is None else _index_rows(cmp_sparse_indices, layout_q)
+    picks = None if cmp_sparse_indices is None else index_rows(cmp_sparse_indices, layout_q)
     if cmp_kv is None:
         refuse(picks is not None or cmp_block_table is not None, "compressed indices or pages without cmp_kv")
         refuse(cmp_ratio != 1, f"cmp_ratio is {cmp_ratio} without cmp_kv, documented is 1")
@@ -204,8 +150,8 @@ def sparse_flash_mla(
         )
         refuse(picks is not None and picks.shape[1] not in (512, 1024), "top-k is documented as 512 or 1024")
     refuse(not 1 <= cmp_ratio <= 128, f"cmp_ratio is {cmp_ratio}, documented are 1 to 128")
-    queries = _layout_q(q, layout_q, cu_seqlens_q, seqused_q)
-    window = _kv_rows("ori_kv", kv, layout_kv, cu_seqlens_ori_kv, seqused_ori_kv, ori_block_table)
+    queries = query_rows(q, layout_q, cu_seqlens_q, seqused_q)
+    window = kv_rows("ori_kv", kv, layout_kv, cu_seqlens_ori_kv, seqused_ori_kv, ori_block_table)
     compressed, originals = None, window.lengths
     if cmp_kv is not None:
         if cmp_residual_kv is None:
@@ -216,7 +162,7 @@ def sparse_flash_mla(
         refuse(any(not 0 <= r < cmp_ratio for r in rest), f"cmp_residual_kv is {rest} for ratio {cmp_ratio}")
         if layout_kv == "PA_BBND" and seqused_cmp_kv is None:
             seqused_cmp_kv = torch.tensor([n // cmp_ratio for n in window.lengths], dtype=torch.int32)
-        compressed = _kv_rows("cmp_kv", cmp_kv, layout_kv, cu_seqlens_cmp_kv, seqused_cmp_kv, cmp_block_table)
+        compressed = kv_rows("cmp_kv", cmp_kv, layout_kv, cu_seqlens_cmp_kv, seqused_cmp_kv, cmp_block_table)
         originals = tuple(n * cmp_ratio + r for n, r in zip(compressed.lengths, rest, strict=True))
     out = _windowed(q, queries, window, compressed, originals, picks, cmp_ratio, softmax_scale, sinks)
     return out, torch.empty((), dtype=torch.float32)
@@ -250,110 +196,21 @@ def npu_sparse_attn_sharedkv(
     refuse(layout_kv != "PA_ND", f"layout_kv is {layout_kv}, documented is PA_ND")
     refuse(return_softmax_lse, "the log-sum-exp is not supported")
     _masks(ori_mask_mode, ori_win_left, ori_win_right, cmp_mask_mode, cmp_kv is not None)
-    picks = None if cmp_sparse_indices is None else _index_rows(cmp_sparse_indices, layout_q)
+    picks = None if cmp_sparse_indices is None else index_rows(cmp_sparse_indices, layout_q)
     refuse(
         picks is not None and (cmp_kv is None or picks.shape[1] != 512),
         "picked rows need cmp_kv and a top-k of 512",
     )
-    queries = _layout_q(q, layout_q, cu_seqlens_q, None)
-    window = _kv_rows("ori_kv", kv, layout_kv, None, seqused_kv, ori_block_table)
+    queries = query_rows(q, layout_q, cu_seqlens_q, None)
+    window = kv_rows("ori_kv", kv, layout_kv, None, seqused_kv, ori_block_table)
     compressed = None
     if cmp_kv is not None:
         refuse(cmp_ratio not in (4, 128), f"cmp_ratio is {cmp_ratio}, documented are 4 and 128")
         lengths = tuple(n // cmp_ratio for n in window.lengths)
-        compressed = _kv_rows("cmp_kv", cmp_kv, layout_kv, None, seqused_kv, cmp_block_table, lengths)
+        compressed = kv_rows("cmp_kv", cmp_kv, layout_kv, None, seqused_kv, cmp_block_table, lengths)
     scale = softmax_scale if softmax_scale != 0 else float(q.shape[-1] ** -0.5)
     out = _windowed(q, queries, window, compressed, window.lengths, picks, max(cmp_ratio, 1), scale, sinks)
     return out, garbage(0, dtype=torch.float32)
-
-
-@emulates("npu", "npu_sparse_flash_attention")
-def npu_sparse_flash_attention(
-    query: Tensor, key: Tensor, value: Tensor | None, sparse_indices: Tensor, scale_value: float, *,
-    block_table: Tensor | None = None, actual_seq_lengths_query: Tensor | None = None,
-    actual_seq_lengths_kv: Tensor | None = None, query_rope: Tensor | None = None, key_rope: Tensor | None = None,
-    sparse_block_size: int = 1, layout_query: str = "BSND", layout_kv: str = "BSND", sparse_mode: int = 3,
-    pre_tokens: int = MAX_INT64, next_tokens: int = MAX_INT64, attention_mode: int = 0, return_softmax_lse: bool = False,
-    sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Attention over the rows that `sparse_indices` lists; keys are 512 plain channels and 64 rotary ones.
-
-    Mode 0 masks nothing more; mode 3 hides rows past S - L + i from query i of L new ones.
-
-    Shapes:
-        query [T, N, 512] or [B, S, N, 512], its rope [.., 64]; sparse_indices [.., 1, K] int32, the valid ones first
-        -> like query, and two empty float32
-    """
-    refuse(attention_mode != 2, f"attention_mode is {attention_mode}, documented is 2")
-    if query_rope is None or key_rope is None or value is None:
-        raise Refused("attention_mode 2 needs query_rope, key_rope and value")
-    want_dtype("query", query, *HALF)
-    want_contiguous(query=query, key=key, value=value, query_rope=query_rope, key_rope=key_rope)
-    refuse(
-        {t.dtype for t in (key, value, query_rope, key_rope)} != {query.dtype},
-        "all inputs must have one dtype",
-    )
-    refuse(
-        query.shape[-1] != 512 or key.shape[-1] != 512,
-        f"head dims {query.shape[-1]}, {key.shape[-1]}, documented are 512",
-    )
-    refuse(query_rope.shape[-1] != 64 or key_rope.shape[-1] != 64, "rope dims are documented as 64")
-    refuse(
-        key.shape[-2] != 1 or value.shape != key.shape,
-        f"key {list(key.shape)} and value {list(value.shape)} of one head",
-    )
-    heads, here = query.shape[-2], family()
-    refuse(
-        here != "950" and (heads > 128 or heads & (heads - 1) != 0),
-        f"{heads} heads, documented are powers of two to 128",
-    )
-    refuse(sinks is not None and here != "950", f"sinks are supported on 950 only, not on {here}")
-    refuse(
-        sparse_block_size != 1, f"sparse_block_size is {sparse_block_size}; tokens (1) are what is emulated"
-    )
-    refuse(
-        sparse_mode not in (0, 3) or (pre_tokens, next_tokens) != (MAX_INT64, MAX_INT64),
-        "an undocumented mask",
-    )
-    refuse(return_softmax_lse, "the softmax statistics are for training")
-    refuse(
-        layout_kv != "PA_BSND" and layout_kv != layout_query, f"layouts {layout_query} and {layout_kv} differ"
-    )
-    bounds, used = _prefix(layout_query, actual_seq_lengths_query)
-    queries = _layout_q(query, layout_query, bounds, used)
-    kv_bounds, kv_used = _prefix(layout_kv, actual_seq_lengths_kv)
-    keys = _kv_rows("key", key, layout_kv, kv_bounds, kv_used, block_table)
-    ropes = _kv_rows("key_rope", key_rope, layout_kv, kv_bounds, kv_used, block_table)
-    values = _kv_rows("value", value, layout_kv, kv_bounds, kv_used, block_table)
-    picks = _index_rows(sparse_indices, layout_query).long()
-    gaps = (picks[:, 1:] >= 0) & (picks[:, :-1] < 0)
-    refuse(bool(gaps.any()), "a valid index follows an invalid one; valid ones must come first")
-    full = torch.cat((query, query_rope), -1).flatten(0, -3).float()
-    out = torch.zeros(queries.data.shape, dtype=torch.float32)
-    assert queries.starts is not None
-    for b, local in query_blocks(queries, _QUERIES):
-        rows = queries.starts[b] + local
-        far = picks[rows]
-        end = keys.lengths[b] - (
-            queries.lengths[b] - 1 - local if sparse_mode == 3 else torch.zeros_like(local)
-        )
-        refuse(bool((far >= keys.lengths[b]).any()), "an index points past the rows of its sequence")
-        seen = (far >= 0) & (far < end[:, None])
-        at = torch.where(seen, far, 0)
-        k = torch.cat((keys.at(b, at), ropes.at(b, at)), -1)[:, :, 0].float()
-        out[rows] = _softmax_rows(full[rows], k, values.at(b, at)[:, :, 0].float(), seen, scale_value, sinks)
-    empty = torch.empty(0, dtype=torch.float32)
-    return out.view(query.shape).to(query.dtype), empty, empty.clone()
-
-
-def _prefix(layout: str, lengths: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """(prefix sums from 0, lengths): packed layouts pass prefix sums without the 0, others plain lengths."""
-    if lengths is None:
-        return None, None
-    want_dtype("sequence lengths", lengths, torch.int32)
-    if layout == "TND":
-        return torch.cat((lengths.new_zeros(1), lengths)), None
-    return None, lengths
 
 
 @emulates("cann_ops_transformer", "sparse_flash_mla_metadata")

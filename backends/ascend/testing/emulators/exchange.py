@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .documented import HALF, Refused, emulates, family, garbage, int8_rows, refuse, want_dtype, want_shape
-from .moe import _gated
+from .grouped import gated
 
 _INFO = 128
 
@@ -209,7 +209,7 @@ def npu_mega_moe(
             h = tokens[rank][token].float() @ weight1[i].float()
             if activation_clamp is not None:
                 h = h.clamp(-activation_clamp, activation_clamp)
-            y = _gated(h, 0, True, 1.0, 1.0, 0.0) @ weight2[i].float()
+            y = gated(h, 0, True, 1.0, 1.0, 0.0) @ weight2[i].float()
             total[rank].index_add_(0, token, y * weights[rank][token, choice][:, None])
         counts.append(seen)
     dist.all_reduce(total)

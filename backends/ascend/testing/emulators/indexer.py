@@ -23,7 +23,7 @@ from .documented import (
     want_dtype,
     want_shape,
 )
-from .paged import Rows, equal, packed, paged, query_blocks
+from .paged import Rows, by_layout, equal, packed, paged, query_blocks
 
 _QUERIES = 64
 _FP16_MAX = torch.finfo(torch.float16).max
@@ -69,13 +69,6 @@ def _queries(q: Tensor, layout: str, bounds: Tensor | None, used: Tensor | None)
     return packed("query", q, bounds, used) if layout == "TND" else equal("query", q, used)
 
 
-def _prefixed(lengths: Tensor | None, layout: str) -> tuple[Tensor | None, Tensor | None]:
-    if lengths is None:
-        return None, None
-    want_dtype("sequence lengths", lengths, torch.int32)
-    return (torch.cat((lengths.new_zeros(1), lengths)), None) if layout == "TND" else (None, lengths)
-
-
 def _shaped(numbers: Tensor, q: Tensor) -> Tensor:
     return numbers.view(*q.shape[:-2], 1, numbers.shape[-1])
 
@@ -119,8 +112,8 @@ def npu_lightning_indexer(
         layout_key != "PA_BSND" and layout_key != layout_query,
         f"layouts {layout_query} and {layout_key} differ",
     )
-    queries = _queries(query, layout_query, *_prefixed(actual_seq_lengths_query, layout_query))
-    bounds, used = _prefixed(actual_seq_lengths_key, layout_key)
+    queries = _queries(query, layout_query, *by_layout(actual_seq_lengths_query, layout_query))
+    bounds, used = by_layout(actual_seq_lengths_key, layout_key)
     if layout_key == "PA_BSND":
         keys = paged("key", key, block_table, used)
     else:
@@ -188,7 +181,7 @@ def npu_vllm_quant_lightning_indexer(
     refuse(return_value, "scores are not returned")
     if actual_seq_lengths_key is None:
         raise Refused("pages of keys need actual_seq_lengths_key")
-    queries = _queries(query, layout_query, *_prefixed(actual_seq_lengths_query, layout_query))
+    queries = _queries(query, layout_query, *by_layout(actual_seq_lengths_query, layout_query))
     originals = tuple(actual_seq_lengths_key.tolist())
     lengths = [n // cmp_ratio for n in originals]
     keys = paged("key", key, block_table, actual_seq_lengths_key, lengths)

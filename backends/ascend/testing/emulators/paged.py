@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .documented import Refused, refuse
+from .documented import Refused, refuse, want_dtype
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,14 @@ def _used(name: str, lengths: Sequence[int], used: Tensor | None) -> tuple[int, 
         f"the lengths of {name} are {taken}",
     )
     return tuple(taken)
+
+
+def by_layout(lengths: Tensor | None, layout: str) -> tuple[Tensor | None, Tensor | None]:
+    """(prefix sums from 0, lengths): for packed rows torch_npu takes prefix sums without the 0, for others plain lengths."""
+    if lengths is None:
+        return None, None
+    want_dtype("sequence lengths", lengths, torch.int32)
+    return (torch.cat((lengths.new_zeros(1), lengths)), None) if layout == "TND" else (None, lengths)
 
 
 def query_blocks(queries: Rows, rows: int) -> Iterator[tuple[int, Tensor]]:
