@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from v4sdk import plugins
+from v4sdk.backend import DoctorRow
 from v4sdk.cli import main
 
 
@@ -344,6 +345,21 @@ def test_doctor_says_what_is_missing(v4sdk: Run) -> None:
     assert v4sdk("doctor").status == 0
     assert v4sdk("doctor", "--backend", "cpu").status == 0
     assert_one_error(v4sdk("doctor", "--backend", "cpuu"), "backend `cpuu` is unknown", "did you mean")
+
+
+def test_a_device_test_is_of_a_backend_that_has_one(v4sdk: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert v4sdk("doctor", "--device-test").status == 2
+    assert_one_error(
+        v4sdk("doctor", "--backend", "cpu", "--device-test"), "has no device test", "conformance"
+    )
+    rows = [DoctorRow("rms_norm", "right", ok=True), DoctorRow("linear", "3 of 9 differ", ok=False)]
+    monkeypatch.setattr(type(plugins.select("cpu")), "device_test", lambda self: rows)
+    done = v4sdk("doctor", "--backend", "cpu", "--device-test")
+    assert done.status == 1
+    assert "3 of 9 differ" in done.out
+    assert "failed" in done.out
+    rows.pop()
+    assert v4sdk("doctor", "--backend", "cpu", "--device-test").status == 0
 
 
 def test_conformance_writes_a_receipt(v4sdk: Run, tmp_path: Path, chat_folder: Path) -> None:

@@ -15,8 +15,11 @@ from v4sdk import ops, plugins
 from v4sdk.backend import Backend, EngineConfig, Kernel, bind, kernel
 from v4sdk.config import ModelConfig
 from v4sdk.errors import KernelMismatch
+from v4sdk.numerics import Numerics
 from v4sdk.testing import Report, assert_close, compare, poisoned_memory, run_conformance
 from v4sdk.testing.compare import EXACT, compare_selection
+from v4sdk.weight_formats import pack_int8
+from v4sdk.weights import Weight
 
 CONFIG = ModelConfig(
     vocab_size=24, hidden_size=64, num_hidden_layers=3, num_attention_heads=2, head_dim=64, qk_rope_head_dim=16,
@@ -276,3 +279,44 @@ def test_choices_are_compared_as_sets() -> None:
     ids = torch.tensor([[3, 1, -1], [0, 2, 5]])
     assert compare_selection(ids[:, [1, 0, 2]], ids, 0.01).ok
     assert not compare_selection(ids + (ids == 5), ids, 0.01).ok
+
+
+class Integers(Planted):
+    """A device with BF16 rows and int8 products only, whose linear rounds its inputs, or is wrong."""
+
+    kv_formats = ("bf16", "float32")
+
+    def __init__(self, factor: float = 1.0) -> None:
+        super().__init__(kernel(ops.linear, self._linear), kernel(ops.sparse_attn, self._sparse_attn))
+        self._factor, self.rows_seen = factor, set[torch.dtype]()
+
+    def converted(self, role: str, weight: Weight) -> Weight:
+        data, scale = pack_int8(weight.dequantize())
+        return Weight(data, scale, "int8", (1, weight.in_features))
+
+    def _linear(
+        self, x: Tensor, weight: Weight, numerics: Numerics, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        assert weight.encoding == "int8"
+        scale = x.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
+        rounded = (x.float() / scale).round() * scale
+        return ops.linear(rounded, weight, numerics, dtype or x.dtype) * self._factor
+
+    def _sparse_attn(
+        self, q: Tensor, kv: Tensor, window: Tensor, entries: Tensor | None, picks: Tensor | None, batch: ops.Batch,
+        sink: Tensor, ratio: int, rope_dim: int, numerics: Numerics,
+    ) -> Tensor:  # fmt: skip
+        self.rows_seen.add(window.dtype)
+        return ops.sparse_attn(q, kv, window, entries, picks, batch, sink, ratio, rope_dim, numerics)
+
+
+def test_cases_have_the_rows_and_matrices_that_the_backend_keeps() -> None:
+    backend = Integers()
+    assert run_conformance(backend, CONFIG, ops=["sparse_attn", "linear"]).ok
+    assert backend.rows_seen == {torch.bfloat16, torch.float32}, "float32 where nothing is rounded"
+
+
+def test_an_integer_product_is_judged_by_its_norm_and_a_wrong_one_is_caught() -> None:
+    report = run_conformance(Integers(1.03), CONFIG, ops=["linear"])
+    assert not report.ok
+    assert "of the whole tensor" in failures(report)

@@ -48,6 +48,19 @@ def test_an_error_of_the_device_is_its_first_line() -> None:
     )
 
 
+def test_a_plain_error_that_the_backend_knows_as_its_devices_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backend = select("cpu")
+    monkeypatch.setattr(
+        type(backend), "failure", lambda self, error: "stream 3 died" if "stream" in str(error) else None
+    )
+    with pytest.raises(DeviceFailed, match="backend `cpu` failed: stream 3 died"), translated(backend):
+        raise RuntimeError("the stream is lost\nmore lines")
+    with pytest.raises(RuntimeError, match="shape"), translated(backend):
+        raise RuntimeError("shape '[2]' is invalid")
+
+
 def test_other_errors_pass() -> None:
     with pytest.raises(ZeroDivisionError), translated(select("cpu")):
         raise ZeroDivisionError

@@ -189,3 +189,50 @@ def test_the_example_plugin_is_found(echo: None) -> None:
     status = states()["echo"]
     assert (status.state, status.distribution) == ("available", "v4sdk-echo 1.0")
     assert [row.op.name for row in plugins.select("echo").kernels()] == ["rms_norm", "hc_post"]
+
+
+OPENS = """
+    import torch
+    from v4sdk import hookimpl
+    from v4sdk.backend import Backend
+    from v4sdk.errors import BackendUnavailable
+
+    class Made(Backend):
+        name = "made"
+        priority = 9
+
+        def unavailable(self):
+            return None
+
+        def open(self):
+            {body}
+
+        @property
+        def device(self):
+            return torch.device("cpu")
+
+    @hookimpl
+    def v4sdk_backend():
+        return Made
+"""
+
+
+def test_a_backend_is_opened_when_it_is_chosen_and_not_when_it_is_listed(
+    install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("V4SDK_BACKEND", raising=False)
+    body = "raise BackendUnavailable('the library is from last year', hint='install another')"
+    install("made", OPENS.format(body=body))
+    assert states()["made"].state == "available"
+    with pytest.raises(BackendUnavailable) as caught:
+        plugins.select("made")
+    assert caught.value.message == "backend `made` cannot be used here: the library is from last year"
+    assert caught.value.hint == "install another"
+    assert plugins.opened("made").reason == "the library is from last year"
+    assert plugins.select().name == "cpu", "auto takes the next"
+
+
+def test_a_backend_that_breaks_when_opened_is_named(install: Install) -> None:
+    install("made", OPENS.format(body="raise OSError('no such bus')"))
+    with pytest.raises(BackendUnavailable, match="backend `made` of .* is broken: OSError: no such bus"):
+        plugins.select("made")

@@ -700,3 +700,14 @@ def test_close_leaves_no_map_no_thread_and_no_file(chat_folder: Path, tmp_path: 
         with pytest.raises(StateError, match="the session is closed"):
             use()
     sequence.close()
+
+
+def test_a_backend_may_keep_rows_in_other_formats(chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = plugins.select("cpu")
+    monkeypatch.setattr(type(backend), "kv_formats", ("bf16", "float32"))
+    with Session.load(chat_folder, backend=backend) as session:
+        assert session.kv_format == "bf16"
+    with Session.load(chat_folder, backend=backend, numerics="exact") as session:
+        assert session.kv_format == "float32"
+    with pytest.raises(ConfigError, match="cannot be kept by backend `cpu` here, expected bf16 or float32"):
+        Session.load(chat_folder, backend=backend, kv_format="native")

@@ -59,6 +59,11 @@ class Result:
     notes: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def ok(self) -> bool:
+        """Every op was right on the device."""
+        return bool(self.ops) and all(one.ok for one in self.ops)
+
+    @property
     def passed(self) -> frozenset[str]:
         """Ops that were right on the device."""
         return frozenset(one.op for one in self.ops if one.ok)
