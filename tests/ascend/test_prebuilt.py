@@ -147,12 +147,16 @@ def built(tables: tuple[Any, ...]) -> Any:
     return table.kernels["ascend910b"]
 
 
-def test_every_call_has_a_kernel_for_its_dtypes(traced: list[tuple[str, dict[str, str]]], built: Any) -> None:
+def test_every_call_has_a_kernel_for_its_dtypes(
+    traced: list[tuple[str, dict[str, str]]], built: Any, say: Callable[[str], None]
+) -> None:
     for key, dtypes in traced:
         if key not in WITHOUT_KERNEL:
             kernel = built[KERNELS[key][0]]
             assert kernel.accepts(dtypes), f"{key} is passed {dtypes}, and is built for {kernel.dtypes}"
-    print(f"{len(traced)} calls of {len({key for key, _ in traced})} ops have a kernel for 910B")
+    say(
+        f"L6: {len(traced)} calls of {len({key for key, _ in traced})} ops of vllm-ascend have a prebuilt kernel for 910B"
+    )
 
 
 def test_all_rows_that_a_step_may_call_were_traced(traced: list[tuple[str, dict[str, str]]]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -209,15 +209,14 @@ def test_transcribed_rows_fit_the_schema_they_quote(schemas: Any) -> None:
         assert schema.misfit(call.positional, (*keyword, "misspelt")), call.key
 
 
-def test_counts(tables: tuple[Any, ...], capsys: pytest.CaptureFixture[str]) -> None:
+def test_counts(tables: tuple[Any, ...], say: Callable[[str], None]) -> None:
     rows = contract().values()
     by_source = {source: [c for c in rows if c.source == source] for source in ("wheel", "transcribed")}
     checks = sum(len(of_row(tables, key)) * len(list(claims(key))) for key in WHEEL_ROWS)
-    with capsys.disabled():
-        print(
-            f"\nAscend contract: {len(by_source['wheel'])} ops by wheel, {checks} checks of op x version x family over "
-            f"{len(tables)} wheels; {len(by_source['transcribed'])} ops transcribed from documents, in no wheel here"
-        )
+    say(
+        f"L0: {len(by_source['wheel'])} ops by wheel, {checks} checks of op x version x family over {len(tables)} wheels; "
+        f"{len(by_source['transcribed'])} ops transcribed from documents are in no wheel here"
+    )
     assert checks > len(WHEEL_ROWS)
 
 
@@ -244,7 +243,7 @@ def test_without_devices_none_is_seen(stand_in: Any, socs: dict[str, str]) -> No
 
 
 def test_the_live_dispatcher_has_the_schemas_of_the_table(
-    facts: Any, tables: tuple[Any, ...], schemas: Any
+    facts: Any, family: str, tables: tuple[Any, ...], schemas: Any, say: Callable[[str], None]
 ) -> None:
     table = next(t for t in tables if t.version == facts["probe"]["version"])
     live: dict[tuple[str, str], Any] = {}
@@ -258,7 +257,9 @@ def test_the_live_dispatcher_has_the_schemas_of_the_table(
     assert all(name.startswith("wrap_") for name, _ in written.keys() - live.keys())
     for key in live.keys() & written.keys():
         assert _plain(live[key]) == _plain(written[key]), key
-    print(f"{len(live.keys() & written.keys())} schemas of the dispatcher are the table's")
+    say(
+        f"L1, {family}: {len(live.keys() & written.keys())} schemas of the live dispatcher are those of the table"
+    )
 
 
 def _plain(schema: Any) -> tuple[Any, ...]:
