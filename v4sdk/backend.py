@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, ParamSpec, TypeVar
+from typing import Any, Generic, Literal, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -155,6 +155,49 @@ class Settling(ABC):
         """
 
 
+class ExchangeBroken(Exception):
+    """Rows could not be exchanged between ranks."""
+
+
+class ExpertExchange(Protocol):
+    """One rank's side of the routed experts of a layer, when they are spread over ranks. All ranks call it at the same point."""
+
+    def run(
+        self, u: Tensor, ids: Tensor, weights: Tensor, compute: Callable[[Tensor, Tensor, list[int], int], Tensor],
+        back: torch.dtype, waves: int = 1, *, experts: ExpertWeights | None = None, tokens: int = 0,
+    ) -> Tensor:  # fmt: skip
+        """Compute the routed sum of the driver's tokens, which no other rank has.
+
+        Args:
+            compute: runs experts of this rank on rows [R, N] sorted by expert, with weights [R], rows per expert and the first
+                of these experts within the rank. back: dtype in which single results travel. waves: see `Exchange`.
+            experts: this rank's, in the layer that runs. tokens: T of the driver, known to every rank.
+
+        Shapes:
+            u [T, N], ids [T, K] int, weights [T, K] f32 -> [T, N] float32; T is 0 on every rank but the driver
+
+        Raises:
+            ExchangeBroken: if another rank is gone or too slow.
+        """
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of a run, as far as an exchange needs them.
+
+    Attributes:
+        rank: of this process; 0 is the driver. bounds: rank j owns experts bounds[j] to bounds[j + 1].
+        group: the group of torch.distributed that joins them; asked on every use and never kept.
+        all_to_all: starts sending rows to each rank and returns what is waited for: (received, sent, received rows by rank, sent
+            rows by rank). Raises `ExchangeBroken`, also on waiting.
+    """
+
+    rank: int
+    bounds: tuple[int, ...]
+    group: Callable[[], Any]
+    all_to_all: Callable[[Tensor, Tensor, list[int], list[int]], Any]
+
+
 class Backend(ABC):
     """A device's functions, memory and name. Three members are required, the others have defaults.
 
@@ -231,6 +274,15 @@ class Backend(ABC):
         if self.device.type == "cpu" or not moved.w1:
             return moved
         return ExpertWeights(packed=(stack(moved.w1), stack(moved.w2), stack(moved.w3)))
+
+    def exchange_experts(
+        self, plain: ExpertExchange, ranks: Ranks, config: ModelConfig, engine: EngineConfig
+    ) -> ExpertExchange:
+        """Exchange rows between ranks by the device's own collectives (optional; default: `plain`, rows by all-to-all).
+
+        Asked once on every rank, at the same point, when the ranks are connected; it may exchange with them.
+        """
+        return plain
 
     def page_experts(self, budget_bytes: int) -> ExpertPaging:
         """Page the routed experts of one model, at most `budget_bytes` of them in memory (optional, see `pages_experts`).

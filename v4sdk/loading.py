@@ -18,14 +18,23 @@ import torch
 from torch import Tensor
 
 from v4sdk import __version__, hub, plugins
-from v4sdk.backend import Backend, Binding, EngineConfig, ExpertPaging, Settling, bind
+from v4sdk.backend import Backend, Binding, EngineConfig, ExpertExchange, ExpertPaging, Settling, bind
 from v4sdk.checkpoint import Checkpoint
 from v4sdk.config import ModelConfig
 from v4sdk.device_errors import translated
 from v4sdk.errors import CheckpointError, ConfigError, SamplingError
 from v4sdk.expert_parallel import Team
 from v4sdk.expert_parallel.exchange import expert_bounds
-from v4sdk.expert_parallel.experts import Bound, DistributedExperts, Share, drive, serve, shard, unrecorded
+from v4sdk.expert_parallel.experts import (
+    Bound,
+    DistributedExperts,
+    Share,
+    drive,
+    exchange_by,
+    serve,
+    shard,
+    unrecorded,
+)
 from v4sdk.expert_parallel.team import ranks_here
 from v4sdk.kv_cache import KVCache
 from v4sdk.memory import (
@@ -172,7 +181,8 @@ def open_model(model: str | Path | None, options: LoadOptions, on_progress: OnPr
         settings = read_settings(folder, config)
         tokenizer = _tokenizer(folder, config)
         dialect = _dialect(folder, options.dialect)
-        binding = bind(backend, config, EngineConfig(chosen, fmt, backend.capability()), options.strict)
+        engine = EngineConfig(chosen, fmt, backend.capability())
+        binding = bind(backend, config, engine, options.strict)
         bare = binding.without_kernel
         if bare:
             names = ", ".join(f"{b.op} ({b.reason})" for b in bare)
@@ -198,7 +208,9 @@ def open_model(model: str | Path | None, options: LoadOptions, on_progress: OnPr
         if team:
             drive(team, _facts(checkpoint, chosen, backend), backend.device)
             bound = Bound.of(binding, config.swiglu_limit, chosen)
-            binding.table.set(routed_experts.name, DistributedExperts(team, bound, config.n_routed_experts))
+            exchange = exchange_by(backend, team, config, engine)
+            distributed = DistributedExperts(team, bound, config.n_routed_experts, exchange)
+            binding.table.set(routed_experts.name, distributed)
             backend = unrecorded(backend)
             how = (
                 f"experts split over {team.processes} processes ({team.group_name}), schedule {team.schedule}"
@@ -241,7 +253,8 @@ def _open_share(model: str | Path | None, options: LoadOptions, team: Team, on_p
     folder = bundled_folder() if model is None else hub.resolve(model, options.revision, on_progress)
     with Checkpoint(folder) as checkpoint, torch.inference_mode():
         config = checkpoint.config
-        binding = bind(backend, config, EngineConfig(chosen, fmt, backend.capability()))
+        engine = EngineConfig(chosen, fmt, backend.capability())
+        binding = bind(backend, config, engine)
         source, count = _source(checkpoint), config.n_routed_experts
         layers = []
         for spec in config.layers:
@@ -251,7 +264,12 @@ def _open_share(model: str | Path | None, options: LoadOptions, team: Team, on_p
             layers.append(shard(whole, spec.index, team.rank, team.processes, prepare))
             on_progress(Progress("load", len(layers), config.num_hidden_layers, "layers"))
         bound = Bound.of(binding, config.swiglu_limit, chosen)
-        return Share(_facts(checkpoint, chosen, backend), layers, bound, backend.device, count)
+        exchange = partial(_exchange, backend, config, engine)
+        return Share(_facts(checkpoint, chosen, backend), layers, bound, backend.device, exchange)
+
+
+def _exchange(backend: Backend, config: ModelConfig, engine: EngineConfig, team: Team) -> ExpertExchange:
+    return exchange_by(backend, team, config, engine)
 
 
 def _choices(options: LoadOptions) -> tuple[Numerics, KVFormat, Backend]:

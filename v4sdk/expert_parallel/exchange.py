@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from v4sdk.backend import ExchangeBroken
 from v4sdk.errors import ConfigError
 from v4sdk.ops.precision import wide
+from v4sdk.weights import ExpertWeights
 
 # rows [R, N] sorted by expert, their weights [R], rows per expert, the first of these experts within the rank -> [R, N]
 Compute = Callable[[Tensor, Tensor, list[int], int], Tensor]
 
 
-class LinkBroken(Exception):
-    """Rows could not be exchanged."""
+class LinkBroken(ExchangeBroken):
+    """Rows could not be moved."""
 
 
 class Handle(Protocol):
@@ -123,12 +125,14 @@ class Exchange:
         self._link, self._rank, self._bounds = link, rank, bounds
 
     def run(
-        self, u: Tensor, ids: Tensor, weights: Tensor, compute: Compute, back: torch.dtype, waves: int = 1
-    ) -> Tensor:
-        """Compute the routed sum of this rank's tokens.
+        self, u: Tensor, ids: Tensor, weights: Tensor, compute: Compute, back: torch.dtype, waves: int = 1, *,
+        experts: ExpertWeights | None = None, tokens: int = 0,
+    ) -> Tensor:  # fmt: skip
+        """Compute the routed sum of this rank's tokens; here any rank may have some.
 
         Args:
             compute: runs experts of this rank. back: dtype in which results travel; float32 sums are made of it.
+            experts, tokens: of no use here, see `v4sdk.backend.ExpertExchange`.
 
         Shapes:
             u [T, N], ids [T, K] int, weights [T, K] f32 -> [T, N] float32; T may differ between ranks and be 0

@@ -11,9 +11,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from v4sdk.backend import Backend, Binding
+from v4sdk.backend import Backend, Binding, EngineConfig, ExchangeBroken, ExpertExchange, Ranks
+from v4sdk.config import ModelConfig
 from v4sdk.errors import ConfigError, V4Error
-from v4sdk.expert_parallel.exchange import Compute, Exchange, GroupLink, LinkBroken, expert_bounds
+from v4sdk.expert_parallel.exchange import Compute, Exchange, GroupLink, expert_bounds
 from v4sdk.expert_parallel.team import Dismissed, Team
 from v4sdk.numerics import Numerics
 from v4sdk.ops import routed_experts
@@ -90,13 +91,19 @@ class Bound:
         return compute
 
 
+def exchange_by(backend: Backend, team: Team, config: ModelConfig, engine: EngineConfig) -> ExpertExchange:
+    """How the ranks exchange, once they are connected: as the backend does, or rows by all-to-all."""
+    link = GroupLink(lambda: team.group)
+    bounds = expert_bounds(config.n_routed_experts, team.processes)
+    ranks = Ranks(team.rank, tuple(bounds), lambda: team.group, link.all_to_all)
+    return backend.exchange_experts(Exchange(link, team.rank, bounds), ranks, config, engine)
+
+
 class DistributedExperts:
     """The driver's `routed_experts`: same arguments and, in reference numerics, the same bits; the experts lie elsewhere."""
 
-    def __init__(self, team: Team, bound: Bound, num_experts: int) -> None:
-        bounds = expert_bounds(num_experts, team.processes)
-        self._team, self._bound = team, bound
-        self._exchange = Exchange(GroupLink(lambda: team.group), team.rank, bounds)
+    def __init__(self, team: Team, bound: Bound, num_experts: int, exchange: ExpertExchange) -> None:
+        self._team, self._bound, self._exchange = team, bound, exchange
         self._most_waves = min(WAVES, num_experts // team.processes) if team.schedule == "waves" else 1
 
     def __call__(
@@ -112,13 +119,23 @@ class DistributedExperts:
         waves = max(1, min(self._most_waves, ids.numel() // _ROWS_PER_WAVE))
         dtype = str(u.dtype).removeprefix("torch.")
         self._team.tell(
-            {"do": "run", "layer": experts.layer, "waves": waves, "dtype": dtype, "width": u.shape[1]},
+            {
+                "do": "run",
+                "layer": experts.layer,
+                "waves": waves,
+                "dtype": dtype,
+                "width": u.shape[1],
+                "tokens": len(u),
+                "chosen": ids.shape[1],
+            },
             at=f"layer {experts.layer}",
         )
         try:
             compute = self._bound.on(experts)
-            y = self._exchange.run(u, ids, weights, compute, between_dtype(numerics), waves)
-        except LinkBroken as exc:
+            y = self._exchange.run(
+                u, ids, weights, compute, between_dtype(numerics), waves, experts=experts, tokens=len(u)
+            )
+        except ExchangeBroken as exc:
             raise self._team.failed(cause=exc) from exc
         except BaseException:
             self._team.interrupted()
@@ -138,14 +155,14 @@ class Share:
     """What a serving rank has loaded.
 
     Attributes:
-        facts: must be the driver's own. layers: this rank's experts of each layer. num_experts: of a layer, on all ranks.
+        facts: must be the driver's own. layers: this rank's experts of each layer. exchange: made once connected.
     """
 
     facts: Mapping[str, Any]
     layers: list[ExpertShard]
     bound: Bound
     device: torch.device
-    num_experts: int
+    exchange: Callable[[Team], ExpertExchange]
 
 
 def drive(team: Team, facts: Mapping[str, Any], device: torch.device) -> None:
@@ -189,24 +206,26 @@ def serve(team: Team, open_share: Callable[[], Share]) -> None:
 
 def _serve(team: Team, share: Share) -> NoReturn:
     team.tell({"ready": dict(share.facts)})
-    exchange: Exchange | None = None
+    exchange: ExpertExchange | None = None
     numerics = share.bound.numerics
     with torch.inference_mode():
         while True:
             asked = team.hear()
             if asked["do"] == "connect":
                 team.connect(share.device)
-                bounds = expert_bounds(share.num_experts, team.processes)
-                exchange = Exchange(GroupLink(lambda: team.group), team.rank, bounds)
+                exchange = share.exchange(team)
                 continue
             assert exchange is not None
             nothing = torch.empty(
                 0, asked["width"], dtype=getattr(torch, asked["dtype"]), device=share.device
             )
-            ids = torch.empty(0, 1, dtype=torch.int32, device=share.device)
-            compute = share.bound.on(share.layers[asked["layer"]])
+            ids = torch.empty(0, asked["chosen"], dtype=torch.int32, device=share.device)
+            weights = torch.empty(0, asked["chosen"], device=share.device)
+            layer = share.layers[asked["layer"]]
             try:
-                weights = torch.empty(0, 1, device=share.device)
-                exchange.run(nothing, ids, weights, compute, between_dtype(numerics), asked["waves"])
-            except LinkBroken as exc:
+                exchange.run(
+                    nothing, ids, weights, share.bound.on(layer), between_dtype(numerics), asked["waves"],
+                    experts=layer, tokens=asked["tokens"],
+                )  # fmt: skip
+            except ExchangeBroken as exc:
                 raise team.failed(cause=exc) from exc
