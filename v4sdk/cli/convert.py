@@ -72,7 +72,7 @@ def _show(found: Conversion) -> None:
     rows = [
         [
             f"{r.before} to {r.after}", f"{r.matrices:,}", f"{r.unchanged:,}", f"{r.largest:.2e}", f"{r.mean:.2e}",
-            r.worst.removesuffix(".weight"),
+            r.worst.removesuffix(".weight") if r.largest else "",
         ]
         for r in found.roundings
     ]  # fmt: skip
