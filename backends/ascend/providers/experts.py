@@ -109,9 +109,10 @@ def _int8(to: Calls, found: _Rows, w1: Weight, w2: Weight, w3: Weight, limit: fl
         activation_scale=found.scale, group_index=found.counts, activate_left=True, quant_mode=_DYNAMIC,
         swiglu_mode=_CLAMPED_HALVES, clamp_limit=limit, glu_alpha=_ALPHA, glu_bias=_BIAS,
     )  # fmt: skip
-    # a positive factor of a whole row leaves its int8 codes as they are
+    # a positive factor of a whole row leaves its int8 codes as they are. float32 scales go with FP16 results, which hold what
+    # clamped gates times a row of the matrix can give; with BF16 results the scales would be BF16 too
     return _grouped(
-        to, inner, w2.data.transpose(1, 2), found.counts, torch.bfloat16, scale=[w2.scale[..., 0].contiguous()],
+        to, inner, w2.data.transpose(1, 2), found.counts, torch.float16, scale=[w2.scale[..., 0].contiguous()],
         per_token_scale=[scale.flatten() * found.weights],
     )  # fmt: skip
 
@@ -131,9 +132,8 @@ def _mx(to: Calls, found: _Rows, w1: Weight, w2: Weight, w3: Weight, limit: floa
 
 def _mx_product(to: Calls, codes: Tensor, scales: Tensor, weight: Weight, counts: Tensor) -> Tensor:
     return _grouped(
-        to, codes, weight.data.view(torch.uint8).transpose(1, 2), counts, torch.bfloat16,
-        scale=[paired(weight).transpose(1, 2)], per_token_scale=[scales], weight_dtype=FLOAT4_E2M1, scale_dtype=FLOAT8_E8M0,
-        per_token_scale_dtype=FLOAT8_E8M0,
+        to, codes, weight.data.view(torch.uint8).transpose(1, 2), counts, torch.bfloat16, antiquant_scale=[paired(weight)],
+        per_token_scale=[scales], weight_dtype=FLOAT4_E2M1, per_token_scale_dtype=FLOAT8_E8M0,
     )  # fmt: skip
 
 

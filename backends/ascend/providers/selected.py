@@ -52,6 +52,7 @@ def sparse_attn(
     ratio: int, rope_dim: int, numerics: Numerics,
 ) -> Tensor:  # fmt: skip
     """As the op; prefill in blocks of queries whose gathered rows fit into 64 MB."""
+    picks = None if picks is None else valid_first(picks)
     cached = _Cached(entries, picks, batch, ratio, rope_dim, q.shape[-1])
     if batch.is_decode:
         return attend(to, q[:, None], _decode_pool(window, cached), sink)[:, 0]
@@ -74,6 +75,14 @@ def sparse_attn(
             pool = cached.prefill_pool(near, left, whole, b, i, j, length)
             outs.append(attend(to, q[None, i:j], pool, sink)[0])
     return torch.cat(outs)
+
+
+def valid_first(picks: Tensor) -> Tensor:
+    """Picks [T, K] with absent ones (-1) behind the others, which keep their order."""
+    seen = picks >= 0
+    last = picks.shape[1]
+    place = torch.where(seen, seen.cumsum(-1) - 1, last)
+    return picks.new_full((len(picks), last + 1), -1).scatter_(1, place, picks)[:, :last]
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,6 @@ PROVIDERS: tuple[Provider, ...] = (
         "sparse_attn", "vendorpack", _ATTENTION, A2_A3, partial(window.sparse_attn, window.vendorpack),
         window.vendorpack_unless,
     ),
-    Provider("route", "vendorpack", (_GATE,), EVERYWHERE, gate.route, gate.unless),
-    Provider("route_hash", "vendorpack", (_GATE,), EVERYWHERE, gate.route_hash, gate.unless),
+    Provider("route", "vendorpack", (_GATE,), A2_A3, gate.route, gate.unless),
+    Provider("route_hash", "vendorpack", (_GATE,), A2_A3, gate.route_hash, gate.unless),
 )  # fmt: skip

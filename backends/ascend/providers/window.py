@@ -23,6 +23,7 @@ from v4sdk.ops.batch import Batch
 
 from ..chip import Family
 from . import Calls, bf16_rows
+from .selected import valid_first
 
 _BLOCK = 128
 _MAX_BLOCK = 1024
@@ -103,7 +104,7 @@ def sparse_attn(
     near = ring_pages(window, batch) if batch.is_decode else chunk_pages(kv, batch)
     far = None if entries is None else entry_pages(entries, batch)
     lengths = batch.positions[batch.cu_seqlens[1:].long() - 1] + 1
-    chosen = None if picks is None else picks.unsqueeze(1).contiguous()
+    chosen = None if picks is None else valid_first(picks)[:, None].contiguous()
     return kernel(
         to,
         q.contiguous(),
@@ -150,12 +151,11 @@ def vendorpack(
 ) -> Tensor:  # fmt: skip
     """By vllm-ascend: one length for both parts. Its default window of 128 back is one too many, so 127 is always passed."""
     shared: dict[str, Any] = {
-        "cu_seqlens_q": batch.cu_seqlens, "seqused_kv": lengths, "ori_mask_mode": _BAND,
+        "cu_seqlens_q": batch.cu_seqlens, "seqused_kv": lengths, "cmp_ratio": ratio, "ori_mask_mode": _BAND,
         "cmp_mask_mode": _CAUSAL, "ori_win_left": _BLOCK - 1, "ori_win_right": 0, "layout_q": "TND", "layout_kv": "PA_ND",
     }  # fmt: skip
     rows: dict[str, Tensor | None] = {"ori_kv": near.rows, "ori_block_table": near.table}
     if far is not None:
-        shared |= {"cmp_ratio": ratio}
         rows |= {"cmp_kv": far.rows, "cmp_block_table": far.table, "cmp_sparse_indices": picks}
     metadata = to(
         "_C_ascend.npu_sparse_attn_sharedkv_metadata", q.shape[1], 1, q.shape[2], **shared, batch_size=batch.num_sequences,
