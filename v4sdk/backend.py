@@ -208,6 +208,8 @@ class Backend(ABC):
         evidence: the strongest evidence this backend's results carry on this machine.
         pages_experts: whether `page_experts` works here.
         kv_formats: how its cache rows may be stored; the first is taken where the numerics' own is not among them.
+        bf16_products: products of BF16 matrices give BF16, also where the parts of an op hand float32 on: of values that are then
+            rounded to FP8 or FP4, some fall on another step, which conformance allows for.
         known_gaps: `op/case` to cause, for conformance cases known to fail; an unexpected pass is a failure.
     """
 
@@ -217,6 +219,7 @@ class Backend(ABC):
     evidence: Evidence = "reference"
     pages_experts: bool = False
     kv_formats: tuple[KVFormat, ...] = KV_FORMATS
+    bf16_products: bool = False
     known_gaps: Mapping[str, str] = {}
 
     @abstractmethod

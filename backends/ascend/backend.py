@@ -42,6 +42,7 @@ class AscendBackend(Backend):
     name = "ascend"
     # below the CPU until its functions were measured on a device: `auto` must not choose it before
     priority = -1
+    bf16_products = True
 
     def __init__(self) -> None:
         self._npu: probe.Device | None = None
@@ -85,7 +86,7 @@ class AscendBackend(Backend):
 
     @property
     def evidence(self) -> Evidence:  # type: ignore[override]
-        """`emulated` where the CPU computes; `device` where a device test of this machine and these versions passed; else `schema`."""
+        """`emulated` where the CPU computes; `device` where a device test of this very machine passed; else `schema`."""
         if self.machine.emulates:
             return "emulated"
         tested = self.tested if self._npu is not None else None

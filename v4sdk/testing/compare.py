@@ -18,10 +18,15 @@ DEFAULT_TOLERANCES: Mapping[torch.dtype, Tolerance] = {
     torch.float16: Tolerance(1e-3, 2e-3, "two units of an 11-bit mantissa"),
     torch.bfloat16: Tolerance(1e-2, 1.6e-2, "two units of an 8-bit mantissa"),
 }
+FP4_STEP = Tolerance(0.5, 0.51, "one step of the FP4 grid")
+# share of values that may fall on another step where what was rounded to the grid had been rounded to BF16 before
+MAX_STEPPED = 0.02
 # each of at most three roundings in a row moves a vector of 4 standard deviations by 4 / 127 / sqrt(12) of its length
 INTEGER_INPUTS = Tolerance(
     0.0, 2e-2, "of the whole tensor: inputs of integer products are rounded to 8 bits token by token"
 )
+# a vector moved by 1% of its length, then rounded to a grid of steps of a third: sqrt(0.01 * 0.33), and room for more
+INTEGER_INPUTS_FP4 = Tolerance(0.0, 0.1, "of the whole tensor: the same, and the results are rounded to FP4")
 EXACT = Tolerance(0.0, 0.0, "discrete values")
 # packed rows hold FP8 and FP4 codes: a value on a rounding boundary moves by one step, of at most 1/8 and 1/2
 PACKED = Tolerance(2e-2, 0.13, "one step of the FP8 grid")
@@ -96,11 +101,22 @@ def _as_vectors(a: Tensor, e: Tensor) -> tuple[float, float]:
     return apart / size, float((a * e).sum()) / (size * own)
 
 
-def by_norm(found: Difference) -> Difference:
+def by_norm(found: Difference, limit: Tolerance = INTEGER_INPUTS) -> Difference:
     """Judge a difference of floating-point results by its relative L2 instead: inputs of integer products were rounded."""
     if found.problem is not None or not found.max_abs or found.tolerance.atol + found.tolerance.rtol == 0:
         return found
-    return replace(found, worst=found.relative_l2 / INTEGER_INPUTS.rtol, tolerance=INTEGER_INPUTS)
+    return replace(found, worst=found.relative_l2 / limit.rtol, tolerance=limit)
+
+
+def compare_on_grid(actual: Tensor, expected: Tensor, tolerance: Tolerance, step: Tolerance) -> Difference:
+    """Compare values that were rounded to a coarse grid: few of them may lie one step further than `tolerance`, none more."""
+    found = compare(actual, expected, tolerance)
+    if found.ok or found.problem is not None:
+        return found
+    a, e = (t.detach().cpu().to(torch.float64) for t in (actual, expected))
+    share = float(((a - e).abs() > tolerance.atol + tolerance.rtol * e.abs()).double().mean())
+    worst = max(compare(actual, expected, step).worst, share / MAX_STEPPED)
+    return replace(found, worst=worst, tolerance=step)
 
 
 def compare_selection(actual: Tensor, expected: Tensor, max_flipped: float) -> Difference:

@@ -15,14 +15,18 @@ from v4sdk.backend import API_VERSION, Backend, Binding, EngineConfig, bind
 from v4sdk.config import ModelConfig
 from v4sdk.numerics import FAST, KVFormat, Numerics
 from v4sdk.ops import OPS
-from v4sdk.ops.op import Case, Op
+from v4sdk.ops.op import Case, Op, Tolerance
 from v4sdk.testing.arguments import as_kept, clone, is_bit_equal, map_tensors, on_backend, readable, tensors
 from v4sdk.testing.compare import (
     EXACT,
+    FP4_STEP,
+    INTEGER_INPUTS,
+    INTEGER_INPUTS_FP4,
     PACKED,
     Difference,
     by_norm,
     compare,
+    compare_on_grid,
     compare_selection,
     describe,
     tolerance_for,
@@ -192,7 +196,9 @@ def _differences(
     expected_args = clone(args)
     expected = op(**expected_args)
     # a device whose products are integer ones rounds their inputs, which the reference does not
-    rounds = op.name not in {row.op for row in binding.without_kernel} and _has_integers(args)
+    has_kernel = op.name not in {row.op for row in binding.without_kernel}
+    rounds = has_kernel and _has_integers(args)
+    step = _grid_step(op.name, args) if has_kernel and backend.bf16_products else None
     for with_out in (False, True):
         given = on_backend(args, backend)
         before = clone(given)
@@ -204,11 +210,14 @@ def _differences(
             backend.synchronize()
         if with_out and expected is not None:
             result = extra["out"]
-        found = _outputs(op, result, expected, _numerics(args))
-        yield from map(by_norm, found) if rounds else found
+        if rounds:
+            limit = INTEGER_INPUTS if step is None else INTEGER_INPUTS_FP4
+            yield from (by_norm(one, limit) for one in _outputs(op, result, expected, _numerics(args)))
+        else:
+            yield from _outputs(op, result, expected, _numerics(args), step)
         for name in given:
             if name in op.mutates:
-                yield from _mutated(op, name, given, expected_args)
+                yield from _mutated(op, name, given, expected_args, step)
             elif not _unchanged(given[name], before[name]):
                 yield Difference(float("nan"), float("inf"), EXACT, f"argument `{name}` was changed in place")
 
@@ -227,7 +236,19 @@ def _numerics(args: dict[str, Any]) -> Numerics | None:
     return next((v for v in args.values() if isinstance(v, Numerics)), None)
 
 
-def _outputs(op: Op[..., Any], result: Any, expected: Any, numerics: Numerics | None) -> Iterator[Difference]:
+def _grid_step(op: str, args: dict[str, Any]) -> Tolerance | None:
+    """One step of the grid that an op rounds its results to at the end; None for one that does not."""
+    numerics = _numerics(args)
+    if numerics is None:
+        return None
+    if op == "index_query" or (op == "compress" and args["is_index"]):
+        return FP4_STEP if numerics.q4_index else None
+    return PACKED if op in ("compress", "kv_project_store") and numerics.q8_kv else None
+
+
+def _outputs(
+    op: Op[..., Any], result: Any, expected: Any, numerics: Numerics | None, step: Tolerance | None = None
+) -> Iterator[Difference]:
     got, want = list(tensors(result)), list(tensors(expected))
     if len(got) != len(want):
         yield Difference(
@@ -244,19 +265,22 @@ def _outputs(op: Op[..., Any], result: Any, expected: Any, numerics: Numerics | 
         elif agree is not None and a.shape == e.shape and a.shape[0] == agree.shape[0]:
             # weights of another choice are another question
             yield compare(a.cpu()[agree], e.cpu()[agree], tolerance_for(op, e.dtype, numerics))
+        elif step is not None:
+            yield compare_on_grid(a, e, tolerance_for(op, e.dtype, numerics), step)
         else:
             yield compare(a, e, tolerance_for(op, e.dtype, numerics))
 
 
 def _mutated(
-    op: Op[..., Any], name: str, given: dict[str, Any], expected: dict[str, Any]
+    op: Op[..., Any], name: str, given: dict[str, Any], expected: dict[str, Any], step: Tolerance | None
 ) -> Iterator[Difference]:
     for a, e in zip(tensors(given[name]), tensors(expected[name]), strict=True):
-        packed = e.dtype == torch.uint8
-        yield compare(
-            readable(op.name, name, a.cpu(), expected),
-            readable(op.name, name, e, expected),
-            PACKED if packed else tolerance_for(op, e.dtype),
+        tolerance = PACKED if e.dtype == torch.uint8 else tolerance_for(op, e.dtype)
+        got, want = (readable(op.name, name, t, expected) for t in (a.cpu(), e))
+        # a state is not on the grid that entries are on
+        on_grid = step is not None and name in ("window", "entries")
+        yield (
+            compare_on_grid(got, want, tolerance, step) if on_grid and step else compare(got, want, tolerance)
         )
 
 
