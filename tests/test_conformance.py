@@ -285,6 +285,7 @@ class Integers(Planted):
     """A device with BF16 rows and int8 products only, whose linear rounds its inputs, or is wrong."""
 
     kv_formats = ("bf16", "float32")
+    product_inputs = "int8"
 
     def __init__(self, factor: float = 1.0) -> None:
         super().__init__(kernel(ops.linear, self._linear), kernel(ops.sparse_attn, self._sparse_attn))

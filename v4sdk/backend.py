@@ -210,6 +210,7 @@ class Backend(ABC):
         kv_formats: how its cache rows may be stored; the first is taken where the numerics' own is not among them.
         bf16_products: products of BF16 matrices give BF16, also where the parts of an op hand float32 on: of values that are then
             rounded to FP8 or FP4, some fall on another step, which conformance allows for.
+        product_inputs: what products of quantised matrices round their inputs to; `float` where only numerics decide.
         known_gaps: `op/case` to cause, for conformance cases known to fail; an unexpected pass is a failure.
     """
 
@@ -220,6 +221,7 @@ class Backend(ABC):
     pages_experts: bool = False
     kv_formats: tuple[KVFormat, ...] = KV_FORMATS
     bf16_products: bool = False
+    product_inputs: Literal["float", "int8", "fp8"] = "float"
     known_gaps: Mapping[str, str] = {}
 
     @abstractmethod

@@ -7,11 +7,20 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from v4sdk.backend import Backend, DoctorRow, EngineConfig, Evidence, Kernel, MemoryInfo
+from v4sdk.backend import (
+    Backend,
+    DoctorRow,
+    EngineConfig,
+    Evidence,
+    ExpertExchange,
+    Kernel,
+    MemoryInfo,
+    Ranks,
+)
 from v4sdk.config import ModelConfig
 from v4sdk.encodings import IntegerLayout
 from v4sdk.errors import BackendUnavailable, CheckpointError
@@ -114,6 +123,12 @@ class AscendBackend(Backend):
         found = self.npu
         return torch.device("cpu") if self.machine.emulates else torch.device("npu", found.index)
 
+    @property
+    def product_inputs(self) -> Literal["float", "int8", "fp8"]:  # type: ignore[override]
+        """Integer products round their inputs to int8, those of FP8 and FP4 to FP8."""
+        family = self._npu.family if self._npu else None
+        return policy.POLICIES[family].activations if family else "float"
+
     def capability(self) -> Mapping[str, Any]:
         """Family and SoC code of the chip; empty while torch_npu is not loaded."""
         if self._npu is None:
@@ -158,6 +173,17 @@ class AscendBackend(Backend):
                 self.prepare_weight(role, weight)
         stacks = (stack(experts.w1), stack(experts.w2), stack(experts.w3))
         return ExpertWeights(packed=stacks).to(self.device)
+
+    def exchange_experts(
+        self, plain: ExpertExchange, ranks: Ranks, config: ModelConfig, engine: EngineConfig
+    ) -> ExpertExchange:
+        """Exchange by the vendor's collectives where they and the model's shapes admit it, else rows by all-to-all over HCCL."""
+        from .ep import join
+
+        family = self.npu.family
+        if family is None or self.machine.emulates:
+            return plain
+        return join(self.vendor, family, self.device, plain, ranks, config, engine)
 
     def convert_targets(self) -> Mapping[str, IntegerLayout]:
         """Layouts of folders for the chips that have integer products only."""
