@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -107,7 +108,14 @@ def main(case: dict[str, Any]) -> None:
     link = GroupLink(lambda: dist.group.WORLD)
     ranks = Ranks(rank, tuple(bounds), lambda: dist.group.WORLD, link.all_to_all)
     told: list[str] = []
-    vendor = importlib.import_module("v4sdk_ascend.contract").Vendor([lambda key, *rest: told.append(key)])
+    passed: dict[str, set[str]] = {}
+    contract = importlib.import_module("v4sdk_ascend.contract")
+
+    def note(key: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        told.append(key)
+        passed.setdefault(key, set()).update(contract.contract()[key].positional[: len(args)], kwargs)
+
+    vendor = contract.Vendor([note])
     own = shard(draw_experts(case), 0, rank, count, packed if case["way"] == "mega_moe" else lambda e: e)
     bound = Bound(routed_experts, False, LIMIT, chosen)
     compute = counting(bounds[rank] + case["planted"]) if case["exact"] else bound.on(own)
@@ -139,7 +147,8 @@ def main(case: dict[str, Any]) -> None:
             "equal": same,
             "calls": told,
         }
-        print(json.dumps({**result, "shape": list(y.shape)}))
+        names = {key: sorted(found) for key, found in passed.items()}
+        print(json.dumps({**result, "shape": list(y.shape), "passed": names}))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -210,10 +210,18 @@ def test_rows_counted_for_the_wrong_expert_are_seen(nursery: Nursery, tmp_path: 
     assert not exchanged(nursery, tmp_path, 2, tokens=5, planted=1)["equal"]
 
 
+def promised(key: str) -> list[str]:
+    """The arguments that the table says are passed."""
+    return sorted(importlib.import_module("v4sdk_ascend.contract").contract()[key].arguments())
+
+
 @pytest.mark.parametrize("family", ["910B", "910C"])
 def test_dispatch_with_experts_is_the_op(nursery: Nursery, tmp_path: Path, family: str) -> None:
     found = exchanged(nursery, tmp_path, 4, family=family, exact=False)
     assert found["calls"] == DISPATCH * 2
+    if family == "910B":
+        # on 910C dispatch takes no weights
+        assert found["passed"] == {key: promised(key) for key in DISPATCH}
     # each expert's row and their sum are rounded to BF16
     assert 0 < found["off"] <= 2**-7 * found["scale"]
 
@@ -229,6 +237,7 @@ def test_mega_moe_is_the_op(nursery: Nursery, tmp_path: Path) -> None:
     found = exchanged(
         nursery, tmp_path, 2, way="mega_moe", exact=False, experts=4, inner=1024, tokens=9, most=2
     )
+    assert found["passed"] == {MEGA: promised(MEGA)}
     # three calls of two tokens a rank, twice
     assert found["calls"] == [MEGA] * 6
     assert 0 < found["off"] <= 2**-7 * found["scale"]

@@ -234,10 +234,7 @@ def _exchange(c: ModelConfig) -> Iterator[Case]:
     D, E, k = c.hidden_size, c.n_routed_experts, c.num_experts_per_tok
     local = E // RANKS
     received = T * RANKS * min(local, k)
-    share = {
-        "x_active_mask": t(T, dtype=torch.bool), "shared_expert_num": 0, "shared_expert_rank_num": 0, "global_bs": T * RANKS,
-        "comm_alg": "",
-    }  # fmt: skip
+    share = {"shared_expert_num": 1, "shared_expert_rank_num": 0, "global_bs": T * RANKS, "comm_alg": ""}
     send = {**share, "expert_scales": t(T, k, dtype=F32), "quant_mode": 2, "expert_token_nums_type": 1}
     # besides what comes from each rank: two numbers per token and expert for each group of eight ranks
     counts = RANKS * local + T * RANKS * 2 * k * (RANKS // 8)
