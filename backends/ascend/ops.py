@@ -77,6 +77,9 @@ class _Chain:
     def __init__(self, op: str, family: Family, rows: Sequence[Provider], calls: Calls) -> None:
         self.choice = Choice(op)
         self.known = bool(rows)
+        # where a pack has one row per family, only the one for this chip is worth a word
+        here = {row.pack for row in rows if family in row.chips}
+        rows = [row for row in rows if family in row.chips or row.pack not in here]
         self._family = family
         self._absent = [f"{r.pack}: {why}" for r in rows if (why := _absent(r, family))]
         self._present = [row for row in rows if not _absent(row, family)]

@@ -95,11 +95,6 @@ class _Pages:
         state[self._slots, self._places] = self.cache.flatten(0, 1)[self._rows].view(-1, *state.shape[2:])
 
 
-def _shifted(positions: Tensor, length: int) -> Tensor:
-    """The same place in a ring, below two rings; at least one ring where there was one before it."""
-    return torch.where(positions < length, positions, positions % length + length)
-
-
 def _decode_pages(state: Tensor, batch: Batch) -> _Pages:
     length, count, device = state.shape[1], batch.num_sequences, state.device
     held = state[batch.slots.long()].flatten(2)
@@ -109,16 +104,19 @@ def _decode_pages(state: Tensor, batch: Batch) -> _Pages:
     rows = torch.arange(length, length * (count + 1), device=device)
     slots = batch.slots.long().repeat_interleave(length)
     places = torch.arange(length, device=device).repeat(count)
-    return _Pages(cache, table, _shifted(batch.positions, length).to(torch.int32), rows, slots, places)
+    pos = batch.positions
+    # the same place in a ring, below two rings; at least one ring where there was one before it
+    starts = torch.where(pos < length, pos, pos % length + length).to(torch.int32)
+    return _Pages(cache, table, starts, rows, slots, places)
 
 
 def _prefill_pages(state: Tensor, batch: Batch) -> _Pages:
     """Pages for every position of the chunk, so that no two positions share a row; as large as the chunk's own K and z."""
     length, device = state.shape[1], state.device
     bounds, slots = batch.cu_seqlens.tolist(), batch.slots.tolist()
-    first = batch.positions[batch.cu_seqlens[:-1].long()]
-    starts = _shifted(first, length).to(torch.int32)
-    begin = starts.tolist()
+    positions = batch.positions.tolist()
+    begin = [p if p < length else p % length + length for p in (positions[lo] for lo in bounds[:-1])]
+    starts = torch.tensor(begin, dtype=torch.int32, device=device)
     ends = [s + hi - lo for s, (lo, hi) in zip(begin, pairwise(bounds), strict=True)]
     counts = [-(-end // length) for end in ends]
     table = torch.zeros(len(ends), max(counts), dtype=torch.int32)

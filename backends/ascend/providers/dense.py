@@ -39,7 +39,7 @@ def linear(to: Calls, x: Tensor, weight: Weight, numerics: Numerics, dtype: torc
     """
     if not len(x):
         return linear_op(x, weight, numerics, dtype)
-    if weight.encoding == "int8" and weight.scale is not None and weight.scale.shape[-1] == 1:
+    if is_int8(to, weight) and weight.scale is not None:
         codes, scales = to("npu.npu_dynamic_quant", x.to(torch.bfloat16).contiguous())
         y: Tensor = to(
             "npu.npu_quant_matmul", codes, weight.data.transpose(0, 1), weight.scale[:, 0].contiguous(),
@@ -57,6 +57,16 @@ def linear(to: Calls, x: Tensor, weight: Weight, numerics: Numerics, dtype: torc
     if weight.encoding == "float" and weight.data.dtype == x.dtype == torch.bfloat16:
         return F.linear(x, weight.data).to(dtype)
     return linear_op(x, weight, numerics, dtype)
+
+
+def is_int8(to: Calls, weight: Weight) -> bool:
+    """Whether a matrix is multiplied as integers on this chip: int8 with one scale per row."""
+    return (
+        to.family != "950"
+        and weight.encoding == "int8"
+        and weight.scale is not None
+        and weight.scale.shape[-1] == 1
+    )
 
 
 def is_mx(to: Calls, weight: Weight, numerics: Numerics) -> bool:

@@ -18,7 +18,7 @@ from v4sdk.ops.precision import activation_dtype, between_dtype, wide
 from v4sdk.weights import ExpertWeights, Weight
 
 from . import Calls
-from .dense import FLOAT4_E2M1, FLOAT8_E8M0, is_mx, mx_input, paired
+from .dense import FLOAT4_E2M1, FLOAT8_E8M0, is_int8, is_mx, mx_input, paired
 from .layout import halves
 
 _BY_COUNT, _BY_ROWS, _ONE_RESULT = 1, 0, 3
@@ -61,7 +61,7 @@ def routed_experts(
     if packed is None or not len(u):
         return routed_experts_op(u, ids, weights, experts, limit, numerics)
     w1, w2, w3 = packed
-    if w1.encoding == "int8" and w1.scale is not None and w1.scale.shape[-1] == 1 and to.family != "950":
+    if is_int8(to, w1) and is_int8(to, w2):
         way = _int8
     elif w1.encoding == "fp4" and is_mx(to, w1, numerics) and is_mx(to, w2, numerics):
         way = _mx

@@ -27,12 +27,13 @@ _ROUTED = (
     "npu.npu_clipped_swiglu",
     "npu.npu_moe_finalize_routing",
 )
-_PRODUCTS = ("npu.npu_dynamic_quant", "npu.npu_quant_matmul")
+_INTEGERS = ("npu.npu_dynamic_quant", "npu.npu_quant_matmul")
+_MX = ("npu.npu_dynamic_mx_quant", "npu.npu_quant_matmul")
 
 PROVIDERS: tuple[Provider, ...] = (
     Provider("rms_norm", "stock", ("npu.npu_rms_norm",), EVERYWHERE, dense.rms_norm, narrow),
-    Provider("linear", "stock", _PRODUCTS, A2_A3, dense.linear, rounded),
-    Provider("linear", "stock", (*_PRODUCTS, "npu.npu_dynamic_mx_quant"), ONLY_950, dense.linear, rounded),
+    Provider("linear", "stock", _INTEGERS, A2_A3, dense.linear, rounded),
+    Provider("linear", "stock", _MX, ONLY_950, dense.linear, rounded),
     Provider(
         "hc_pre",
         "stock",
