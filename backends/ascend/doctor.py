@@ -11,6 +11,7 @@ from v4sdk.ops import OPS
 from . import results, roofline
 from .chip import FAMILIES
 from .contract import contract
+from .ep import environment
 from .ops import Choice
 from .probe import RUNTIME, TOOLKIT_VARIABLE, VISIBLE_VARIABLE, Device, Machine
 from .providers import Provider
@@ -112,6 +113,7 @@ def device_rows(npu: Device, m: Machine) -> Sequence[DoctorRow]:
             hint=f"known families: {', '.join(FAMILIES)}; newer v4sdk may know it",
         ),
     ]
+    rows += [DoctorRow("for --ep, unset", words, ok=True) for words in environment()] if npu.count > 1 else []
     if npu.cann and npu.cann != m.cann:
         rows += [DoctorRow("CANN in use", npu.cann, ok=True), *_pair_rows(npu.torch_npu, npu.cann)]
     return rows

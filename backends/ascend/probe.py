@@ -39,6 +39,8 @@ PACKS: Mapping[str, str] = {
 _TOOLKIT_FOLDERS = ("/usr/local/Ascend/ascend-toolkit/latest", "/usr/local/Ascend/cann")
 _DRIVER_FILE = Path("/usr/local/Ascend/driver/version.info")
 _NODES = Path("/dev")
+# set by torchrun: the number of a process among those of its host
+_LOCAL_RANK = "LOCAL_RANK"
 # in every CANN that torch_npu can start with, and not among what the stand-in has
 _REAL_SYMBOL = "aclrtSetDeviceSatMode"
 
@@ -175,7 +177,7 @@ def find(npu: Any, emulates: bool = False) -> Device:
             "torch_npu sees no NPU" + (f" with {VISIBLE_VARIABLE}={visible}" if visible is not None else ""),
             hint="npu-smi info lists the NPUs of this host; who else uses one, it says too",
         )
-    index = 0 if emulates else devices.current_device()
+    index = 0 if emulates else _current(devices, count)
     # the function of the same name in torch.npu would start the device
     code = int(npu._C._npu_get_soc_version())
     cann = str(npu.npu.utils.get_cann_version()) or None
@@ -210,6 +212,20 @@ def _unloadable(library: str) -> str | None:
     except OSError as exc:
         return why(exc)
     return None
+
+
+def _current(devices: Any, count: int) -> int:
+    """The device of this process; those that torchrun starts on a host take one each."""
+    local = os.environ.get(_LOCAL_RANK, "")
+    if not local.isdecimal():
+        return int(devices.current_device())
+    if int(local) >= count:
+        raise BackendUnavailable(
+            f"process {local} of this host has no NPU of its own: {count} are to be seen",
+            hint=f"start at most {count} processes on this host: torchrun --nproc-per-node {count}",
+        )
+    devices.set_device(int(local))
+    return int(local)
 
 
 def _memory(devices: Any) -> tuple[int, int] | None:

@@ -170,8 +170,10 @@ def npu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     devices = SimpleNamespace(
         device_count=lambda: about.count, current_device=lambda: about.current,
         get_device_name=lambda index: about.name, mem_get_info=mem_get_info,
+        set_device=lambda index: setattr(about, "chosen", index),
     )  # fmt: skip
     monkeypatch.setattr(torch, "get_device_module", lambda name: devices)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
     about.package = SimpleNamespace(
         _C=SimpleNamespace(_npu_get_soc_version=lambda: about.code), __version__="2.10.0.post4",
         npu=SimpleNamespace(utils=SimpleNamespace(get_cann_version=lambda: "9.1.0")),
@@ -206,6 +208,19 @@ def test_no_device_names_the_variable_that_hides_them(
     ) as caught:
         probe.find(npu.package)
     assert "npu-smi" in (caught.value.hint or "")
+
+
+def test_each_process_of_a_host_takes_an_npu_of_its_own(
+    npu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert probe.find(npu.package).index == 0
+    assert npu.chosen == 0
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(
+        BackendUnavailable, match="process 2 of this host has no NPU of its own: 2 are to be seen"
+    ):
+        probe.find(npu.package)
 
 
 def test_listing_does_not_load_torch_npu(monkeypatch: pytest.MonkeyPatch) -> None:
