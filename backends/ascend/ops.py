@@ -35,7 +35,7 @@ _PARTS = "parts"
 
 @dataclass
 class Choice:
-    """Who serves one op, for reports; complete once a model was bound.
+    """Who serves one op, for reports; by the chip and the libraries at hand until a model was bound, then by its shapes too.
 
     Attributes:
         by: a pack, `kernels`, or `parts` (parts or reference on the chip's tensors).
@@ -83,6 +83,9 @@ class _Chain:
         self._family = family
         self._absent = [f"{r.pack}: {why}" for r in rows if (why := _absent(r, family))]
         self._present = [row for row in rows if not _absent(row, family)]
+        # until a model is bound: by the chip and the libraries alone
+        self.choice.by = self._present[0].pack if self._present else _PARTS
+        self.choice.passed_over = list(self._absent)
         self._calls = calls
         self._serving: list[tuple[str, Callable[..., Any]]] = []
         self._proven: set[tuple[str, bool]] = set()

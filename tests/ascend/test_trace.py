@@ -1,4 +1,4 @@
-"""L3: four layers of V4-Flash's shapes, traced through the vendor's wheel; the calls made are the contract's rows, no more, no less."""
+"""L3: four layers of V4-Flash's shapes, traced through the vendor's wheel; the calls made are the contract's rows."""
 
 from __future__ import annotations
 
