@@ -183,6 +183,7 @@ def test_without_a_vendor_every_op_runs_its_parts_with_a_reason(family: str) -> 
         ("compress", "vendorpack", "910B", replace(V4_FLASH, hidden_size=256), BF16_ROWS, "hidden size 256"),
         ("compress", "transformer", "910C", V4_FLASH, BF16_ROWS, "a private name"),
         ("route", "vendorpack", "910B", replace(V4_FLASH, num_experts_per_tok=65), BF16_ROWS, "65 experts"),
+        ("routed_experts", "stock", "910B", replace(V4_FLASH, moe_intermediate_size=96), BF16_ROWS, "96 wide"),
         ("routed_experts", "stock", "910B", V4_FLASH, EngineConfig(EXACT, "float32"), "wider than BF16"),
     ],
 )  # fmt: skip

@@ -11,13 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from v4sdk.backend import EngineConfig
+from v4sdk.config import ModelConfig
 from v4sdk.numerics import Numerics
 from v4sdk.ops.linear import linear
 from v4sdk.ops.moe import routed_experts as routed_experts_op
 from v4sdk.ops.precision import activation_dtype, between_dtype, wide
 from v4sdk.weights import ExpertWeights, Weight
 
-from . import Calls
+from ..chip import Family
+from . import Calls, rounded
 from .dense import FLOAT4_E2M1, FLOAT8_E8M0, is_int8, is_mx, mx_input, paired
 from .layout import halves
 
@@ -26,6 +29,7 @@ _DYNAMIC, _NO_QUANT = 1, -1
 # the model's clamp with plain halves; 1 is the same with interleaved channels
 _CLAMPED_HALVES = 2
 _ALPHA, _BIAS = 1.0, 0.0
+_WIDEST = 10496
 
 
 @dataclass(frozen=True)
@@ -170,3 +174,11 @@ def shared_expert(
     both = torch.cat([to.ops[linear](u, w, numerics, between) for w in (w1, w3)], -1)
     a = _gated(to, both, limit).to(between)
     return (routed + wide(to.ops[linear](a, w2, numerics, between))).to(activation_dtype(numerics))
+
+
+def unless(config: ModelConfig, engine: EngineConfig, family: Family) -> str | None:
+    """On 910B and 910C experts of a multiple of 64 to 10496, for the gate of int8 products."""
+    inner = config.moe_intermediate_size
+    if family != "950" and (inner % 64 or inner > _WIDEST):
+        return f"experts are {inner} wide, and its document knows multiples of 64 to {_WIDEST}"
+    return rounded(config, engine, family)

@@ -75,7 +75,7 @@ PROVIDERS: tuple[Provider, ...] = (
         (*_ROUTED, "npu.npu_dequant_swiglu_quant"),
         A2_A3,
         experts.routed_experts,
-        rounded,
+        experts.unless,
     ),
     Provider(
         "routed_experts",
@@ -83,7 +83,7 @@ PROVIDERS: tuple[Provider, ...] = (
         (*_ROUTED, "npu.npu_dynamic_mx_quant"),
         ONLY_950,
         experts.routed_experts,
-        rounded,
+        experts.unless,
     ),
     Provider(
         "shared_expert", "stock", ("npu.npu_clipped_swiglu",), EVERYWHERE, experts.shared_expert, rounded
