@@ -1,0 +1,116 @@
+"""`v4sdk run --backend ascend` from end to end, as every chip, with the vendor's functions computed on the CPU."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from ascend.conftest import SOCS, StandIn
+
+from v4sdk.conversion import convert
+from v4sdk.loading import bundled_folder
+
+launcher = importlib.import_module("v4sdk_ascend.testing.run")
+policy = importlib.import_module("v4sdk_ascend.policy")
+
+QUESTIONS = {
+    "What is 347 + 285?": "632",
+    "Give Mia tea. Give Bob jam. What do I give Bob?": "jam",
+    "Sort: tea, jam, golf": "golf",
+}
+EMULATED = {"V4SDK_ASCEND_EMULATE": "1", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model as the chips with integer products want it."""
+    target = tmp_path_factory.mktemp("converted") / "nano"
+    convert(bundled_folder(), target, policy.LAYOUTS["ascend-w8a8"])
+    return target
+
+
+def needed(family: str, converted: Path) -> Path | None:
+    """The folder that a family runs; None where it takes the released one."""
+    return None if family == "950" else converted
+
+
+def test_a_run_answers_on_every_chip(stand_in: StandIn, family: str, converted: Path) -> None:
+    folder = needed(family, converted)
+    model = ("--model", str(folder)) if folder else ()
+    command = ("-m", "v4sdk", "run", "--backend", "ascend", *model, "What is 347 + 285?")
+    ended = stand_in.python(SOCS[family], *command, **EMULATED)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == "632\n"
+    kept = "native KV" if family == "950" else "bf16 KV"
+    assert f"fast numerics, {kept}, ascend" in ended.stderr
+
+
+def test_answers_are_those_of_the_cpu_on_the_values_that_the_chip_has(
+    stand_in: StandIn, family: str, converted: Path
+) -> None:
+    found = stand_in.facts(
+        SOCS[family], "answers.py", str(needed(family, converted) or "-"), *QUESTIONS, **EMULATED
+    )
+    print(
+        f"{family}: KL to the CPU {found['kl']:.1e}, to the released values {found['kl_released']:.1e}, "
+        f"of which converting {found['kl_converting']:.1e}"
+    )
+    assert found["evidence"] == "emulated"
+    assert found["npu"] == found["cpu"]
+    assert all(word in said for word, said in zip(QUESTIONS.values(), found["npu"], strict=True))
+    assert found["kl"] <= 2e-3
+    assert found["kl_released"] <= 1e-2
+
+
+def test_the_same_tokens_as_the_cpu_on_950(stand_in: StandIn) -> None:
+    command = (
+        "-m",
+        "v4sdk",
+        "bench",
+        "compare",
+        "--a",
+        "cpu:reference",
+        "--b",
+        "ascend:reference",
+        "--tokens-only",
+    )
+    ended = stand_in.python(SOCS["950"], *command, "--json", **EMULATED)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    told = json.loads(ended.stdout)
+    print(f"950, same tokens: {json.dumps(told)[:400]}")
+
+
+def test_a_chip_without_fp8_names_the_command_that_converts(stand_in: StandIn) -> None:
+    ended = stand_in.python(SOCS["910C"], "-m", "v4sdk", "run", "--backend", "ascend", "hello", **EMULATED)
+    assert ended.returncode == 1
+    error, hint = [line for line in ended.stderr.splitlines() if line.startswith(("error:", "hint:"))]
+    assert error == "error: the checkpoint has fp4 and fp8 matrices, and 910C has no products of them"
+    assert hint == f"hint: v4sdk convert {bundled_folder()} TARGET --for ascend-w8a8, then --model TARGET"
+
+
+def test_rows_in_fp8_are_refused_where_the_chip_has_none(stand_in: StandIn, converted: Path) -> None:
+    ended = stand_in.python(
+        SOCS["910B"], "-m", "v4sdk", "run", "--backend", "ascend", "--model", str(converted), "--kv-format", "native", "hello",
+        **EMULATED,
+    )  # fmt: skip
+    assert ended.returncode == 1
+    assert (
+        "KV format `native` cannot be kept by backend `ascend` here, expected bf16 or float32" in ended.stderr
+    )
+
+
+def test_the_launcher_runs_a_command_as_a_chip(stand_in: StandIn) -> None:
+    told = "import os; print(os.environ['V4SDK_ASCEND_STUB_SOC'], os.environ['V4SDK_ASCEND_EMULATE'])"
+    launch = ("-m", "v4sdk_ascend.testing.run", "--soc", SOCS["950"], "--", sys.executable, "-c", told)
+    # the launcher's own variables come last, so that it can be started from anywhere
+    ended = stand_in.python(SOCS["910B"], *launch)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == f"{SOCS['950']} 1\n"
+
+
+def test_the_launcher_knows_its_chips(capsys: pytest.CaptureFixture[str]) -> None:
+    assert launcher.main(["--soc", "Ascend310", "--", "true"]) == 1
+    assert "SoC `Ascend310` is unknown, expected one of Ascend910B1" in capsys.readouterr().err
