@@ -28,7 +28,7 @@ from v4sdk.numerics import KV_FORMATS, KVFormat
 from v4sdk.ops import OPS
 from v4sdk.ops.op import REFERENCES
 from v4sdk.weight_formats import pack_int8
-from v4sdk.weights import ExpertWeights, Weight, stack
+from v4sdk.weights import ExpertWeights, Weight
 
 from . import policy, probe, results
 from .contract import Vendor
@@ -36,6 +36,7 @@ from .doctor import device_rows, evidence_rows, machine_rows, op_rows, planned_r
 from .graph import RecordedStep
 from .identity import identity
 from .ops import PROVIDERS, Choice, choose
+from .providers import layout
 from .verdict import refusal, verdict
 
 log = logging.getLogger("v4sdk")
@@ -162,17 +163,14 @@ class AscendBackend(Backend):
                 f"`{role}` is {weight.encoding}, of which {family} has no products",
                 hint="v4sdk convert makes a folder that it runs, see v4sdk convert --help",
             )
-        return weight.to(self.device)
+        return (layout.mx_scales(weight) if family == "950" else weight).to(self.device)
 
     def prepare_experts(self, role: str, experts: ExpertWeights) -> ExpertWeights:
-        """Stack the experts of one layer in the device's memory, so that a step chooses among them there."""
-        if experts.packed is not None and not experts.w1:
-            return experts.to(self.device)
+        """Stack the experts of one layer in the device's memory, as its grouped products read them."""
         for one in (experts.w1[:1], experts.w2[:1]):
             for weight in one:
                 self.prepare_weight(role, weight)
-        stacks = (stack(experts.w1), stack(experts.w2), stack(experts.w3))
-        return ExpertWeights(packed=stacks).to(self.device)
+        return layout.experts(experts, self.device)
 
     def exchange_experts(
         self, plain: ExpertExchange, ranks: Ranks, config: ModelConfig, engine: EngineConfig

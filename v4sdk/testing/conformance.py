@@ -216,7 +216,8 @@ def _differences(
             yield by_norm(found, limit) if limit else found
         for name in given:
             if name in op.mutates:
-                yield from _mutated(op, name, given, expected_args, step)
+                for found in _mutated(op, name, given, expected_args, step):
+                    yield by_norm(found, limit) if limit else found
             elif not _unchanged(given[name], before[name]):
                 yield Difference(float("nan"), float("inf"), EXACT, f"argument `{name}` was changed in place")
 

@@ -101,15 +101,24 @@ def _grouped(
     return out[0]
 
 
+def _gate_and_up(to: Calls, found: _Rows, w1: Weight, w3: Weight, dtype: torch.dtype) -> Tensor:
+    """Both first products side by side: one where the matrices are halves of one tensor, which `layout.experts` makes them."""
+    joint = halves(w1.data, w3.data)
+    matrices = (w1.data, w3.data) if joint is None else (joint,)
+    parts = [_grouped(to, found.rows, m.transpose(1, 2), found.counts, dtype) for m in matrices]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
 def _int8(to: Calls, found: _Rows, w1: Weight, w2: Weight, w3: Weight, limit: float) -> Tensor:
     assert w1.scale is not None
     assert w2.scale is not None
     assert w3.scale is not None
     assert found.scale is not None
-    both = halves(w1.data, w3.data).transpose(1, 2)
-    sums = _grouped(to, found.rows, both, found.counts, torch.int32)
+    sums = _gate_and_up(to, found, w1, w3, torch.int32)
+    scales = halves(w1.scale, w3.scale)
+    scales = torch.cat((w1.scale, w3.scale), 1) if scales is None else scales
     inner, scale = to(
-        "npu.npu_dequant_swiglu_quant", sums, weight_scale=halves(w1.scale, w3.scale)[..., 0].contiguous(),
+        "npu.npu_dequant_swiglu_quant", sums, weight_scale=scales[..., 0].contiguous(),
         activation_scale=found.scale, group_index=found.counts, activate_left=True, quant_mode=_DYNAMIC,
         swiglu_mode=_CLAMPED_HALVES, clamp_limit=limit, glu_alpha=_ALPHA, glu_bias=_BIAS,
     )  # fmt: skip
@@ -122,7 +131,7 @@ def _int8(to: Calls, found: _Rows, w1: Weight, w2: Weight, w3: Weight, limit: fl
 
 
 def _bf16(to: Calls, found: _Rows, w1: Weight, w2: Weight, w3: Weight, limit: float) -> Tensor:
-    both = _grouped(to, found.rows, halves(w1.data, w3.data).transpose(1, 2), found.counts, torch.bfloat16)
+    both = _gate_and_up(to, found, w1, w3, torch.bfloat16)
     inner = (_gated(to, both, limit) * found.weights[:, None]).to(torch.bfloat16)
     return _grouped(to, inner, w2.data.transpose(1, 2), found.counts, torch.bfloat16)
 

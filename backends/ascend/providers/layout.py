@@ -45,30 +45,27 @@ def experts(weights: ExpertWeights, device: torch.device) -> ExpertWeights:
     """The routed experts of one layer, stacked in the device's memory."""
     if weights.packed is not None and not weights.w1:
         return weights.to(device)
-    w1, w2, w3 = (stack(w) for w in (weights.w1, weights.w2, weights.w3))
+    # laid out there: the host may have room for one copy only
+    w1, w2, w3 = (stack(w).to(device) for w in (weights.w1, weights.w2, weights.w3))
     if w1.encoding not in ("float", "int8"):
-        return ExpertWeights(packed=(w1, w2, w3)).to(device)
-    both = torch.cat((w1.data, w3.data), 1).transpose(1, 2).contiguous().to(device).transpose(1, 2)
-    scale = None
-    if w1.scale is not None and w3.scale is not None:
-        scale = torch.cat((w1.scale, w3.scale), 1).to(device)
+        return ExpertWeights(packed=(w1, w2, w3))
+    both = torch.cat((w1.data, w3.data), 1).transpose(1, 2).contiguous().transpose(1, 2)
+    scale = torch.cat((w1.scale, w3.scale), 1) if w1.scale is not None and w3.scale is not None else None
     inner = w1.out_features
     gate, up = (
         replace(w, data=both[:, part], scale=None if scale is None else scale[:, part])
         for w, part in ((w1, slice(None, inner)), (w3, slice(inner, None)))
     )
-    down = w2.data.transpose(1, 2).contiguous().to(device).transpose(1, 2)
-    return ExpertWeights(packed=(gate, replace(w2.to(device), data=down), up))
+    down = replace(w2, data=w2.data.transpose(1, 2).contiguous().transpose(1, 2))
+    return ExpertWeights(packed=(gate, down, up))
 
 
-def halves(gate: Tensor, up: Tensor) -> Tensor:
-    """Two tensors [E, I, ..] as one [E, 2 * I, ..]: a view where they are halves of one, else a copy."""
+def halves(gate: Tensor, up: Tensor) -> Tensor | None:
+    """Two tensors [E, I, ..] that are halves of one as that one, [E, 2 * I, ..]; None if they are not."""
     same = gate.untyped_storage()._cdata == up.untyped_storage()._cdata
-    if (
-        same
-        and gate.stride() == up.stride()
-        and up.storage_offset() - gate.storage_offset() == gate.shape[1] * gate.stride(1)
-    ):
-        shape = (gate.shape[0], 2 * gate.shape[1], *gate.shape[2:])
-        return gate.as_strided(shape, gate.stride(), gate.storage_offset())
-    return torch.cat((gate, up), 1)
+    if not same or gate.stride() != up.stride():
+        return None
+    if up.storage_offset() - gate.storage_offset() != gate.shape[1] * gate.stride(1):
+        return None
+    shape = (gate.shape[0], 2 * gate.shape[1], *gate.shape[2:])
+    return gate.as_strided(shape, gate.stride(), gate.storage_offset())
