@@ -48,6 +48,8 @@ def test_every_command_and_flag_in_the_readme_exists() -> None:
         "--processes",
         "--no-binary",
         "--no-deps",
+        "--index-url",
+        "--soc",
     }
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= flags | others
 

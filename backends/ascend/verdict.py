@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .chip import BOARDS
 from .probe import EMULATE_VARIABLE, STAND_IN_VARIABLE, Device, Machine
-from .versions import NEWEST_CANN, cann_of, fits_torch, pair_for, torch_release
+from .versions import NEWEST_CANN, cann_of, cpu_build, fits_torch, pair_for, torch_release
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ def _with_wrong_torch(m: Machine) -> Refusal | None:
         wanted = torch_release(m.torch_npu)
         return Refusal(
             f"torch_npu {m.torch_npu} was built for torch {wanted}, and this is torch {m.torch}",
-            f"pip install torch=={wanted}, or another pair: {pair_for(m.cann, m.torch)}",
+            f"{cpu_build(wanted)}, or another pair: {pair_for(m.cann, m.torch)}",
         )
     if m.accelerator is not None:
         release = torch_release(m.torch)
         return Refusal(
             f"this torch already serves `{m.accelerator}`, and two vendors' devices cannot share a process",
-            f"in an environment of its own: pip install torch=={release} --index-url https://download.pytorch.org/whl/cpu",
+            f"in an environment of its own: {cpu_build(release)}",
         )
     return None
 
