@@ -17,6 +17,7 @@ from v4sdk.presets import V4_FLASH
 from v4sdk.quant import (
     e2m1_decode,
     e2m1_encode,
+    e4m3_round,
     fp4_pack,
     fp4_unpack,
     hadamard,
@@ -110,6 +111,17 @@ def test_fp8_rounds_every_value_and_every_tie_to_the_nearest_even_code() -> None
     found = q8_round(torch.from_numpy(rows), 2).numpy()[0, ::2]
     want = nearest(np.clip(points, -448, 448), E4M3)
     assert np.array_equal(found, want)
+
+
+def test_fp8_rounding_by_arithmetic_is_that_of_the_dtype() -> None:
+    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    values = values[~values.isnan()].sort().values
+    ties = (values[1:] + values[:-1]) / 2
+    beside = [torch.nextafter(ties, torch.tensor(towards)) for towards in (-1e9, 1e9)]
+    x = torch.cat([values, ties, *beside, torch.tensor([0.0, -0.0, 1e-40, -1e-40])]).clamp(-448, 448)
+    expected = x.to(torch.float8_e4m3fn).float()
+    # bits, so that the sign of zero counts
+    assert torch.equal(e4m3_round(x).view(torch.int32), expected.view(torch.int32))
 
 
 def test_all_codes_and_ties_of_fp4() -> None:

@@ -43,6 +43,18 @@ def ue8m0_value(byte: Tensor) -> Tensor:
     return torch.where(wide == 255, 0x7FC00000, bits).view(torch.float32)
 
 
+def e4m3_round(x: Tensor) -> Tensor:
+    """Round to the nearest E4M3 value, ties to even, without the dtype.
+
+    Shapes:
+        x [...] float32 within [-448, 448] -> [...] float32
+    """
+    exponent = ((x.contiguous().view(torch.int32) >> 23) & 0xFF).clamp_min(127 - 6)
+    # 3 bits after the first: steps of 2**-3 of the power of two below, and of 2**-9 under the smallest normal value
+    step = ((exponent - 3) << 23).view(torch.float32)
+    return (x / step).round() * step
+
+
 def e2m1_encode(x: Tensor) -> Tensor:
     """Round to the nearest E2M1 code, ties to the even code.
 
@@ -153,9 +165,17 @@ def q8_decode(q: Tensor, scale: Tensor, block: int) -> Tensor:
 
 
 def q8_round(x: Tensor, block: int) -> Tensor:
-    """Round to the FP8 grid of `q8_encode` and come back, in the dtype of `x`. Gradient passes straight through."""
+    """Round to the FP8 grid of `q8_encode` and come back, in the dtype of `x`. Gradient passes straight through.
+
+    By float32 arithmetic: not every device has the dtype that `q8_encode` stores.
+    """
     with torch.no_grad():
-        rounded = q8_decode(*q8_encode(x.detach(), block), block).to(x.dtype)
+        g = _groups(x.detach().float(), block)
+        amax = g.abs().amax(-1).clamp_min(_MIN_AMAX_Q8)
+        byte = ue8m0_ceil(amax * torch.tensor(_INV_E4M3_MAX, dtype=torch.float32, device=x.device))
+        scale = ue8m0_value(byte)[..., None]
+        q = e4m3_round((g / scale).clamp(-E4M3_MAX, E4M3_MAX))
+        rounded = (q * scale).flatten(-2)[..., : x.shape[-1]].to(x.dtype)
     return _straight_through(x, rounded)
 
 

@@ -235,7 +235,7 @@ ROWS: tuple[Row, ...] = (
             Patch(
                 "cast to BF16 instead of FP8",
                 "quant.py",
-                "rounded = q8_decode(*q8_encode(x.detach(), block), block).to(x.dtype)",
+                "rounded = (q * scale).flatten(-2)[..., : x.shape[-1]].to(x.dtype)",
                 "rounded = x.detach().to(torch.bfloat16).to(x.dtype)",
                 (ROUNDED, "test_quant_tables.py::test_q8_equals_the_straightforward_one[448-64]"),
             ),
