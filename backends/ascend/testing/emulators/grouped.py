@@ -50,7 +50,14 @@ def npu_grouped_matmul(
 
     int8: int32 sums times scale [E, N] and per_token_scale [M]; without both, the sums themselves as int32.
     """
-    unused = (bias, offset, antiquant_offset, activation_input, activation_quant_scale, activation_quant_offset)
+    unused = (
+        bias,
+        offset,
+        antiquant_offset,
+        activation_input,
+        activation_quant_scale,
+        activation_quant_offset,
+    )
     refuse(any(t is not None for t in unused), "an argument is passed that is not emulated")
     refuse(len(x) != 1 or len(weight) != 1, "one x and one weight are what is emulated")
     refuse(
