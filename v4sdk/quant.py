@@ -13,13 +13,14 @@ from torch import Tensor
 
 from v4sdk.errors import ShapeError
 
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E4M3_MAX = 448.0
 E2M1_MAX = 6.0
-# the reference multiplies by these float32 constants instead of dividing
-_INV_E4M3_MAX = 1.0 / 448.0
-_INV_E2M1_MAX = 1.0 / 6.0
+# the reference multiplies by these float32 constants instead of dividing; as numbers of the host, which no device waits for
+_INV_E4M3_MAX = torch.tensor(1.0 / 448.0).item()
+_INV_E2M1_MAX = torch.tensor(1.0 / 6.0).item()
 _MIN_AMAX_Q8 = 1e-4
+# 0.5 in float32
+_HALF_BITS = 126 << 23
 _MIN_AMAX_Q4 = 6.0 * 2.0**-126
 
 
@@ -49,9 +50,22 @@ def e4m3_round(x: Tensor) -> Tensor:
     Shapes:
         x [...] float32 within [-448, 448] -> [...] float32
     """
-    exponent = ((x.contiguous().view(torch.int32) >> 23) & 0xFF).clamp_min(127 - 6)
-    # 3 bits after the first: steps of 2**-3 of the power of two below, and of 2**-9 under the smallest normal value
-    step = ((exponent - 3) << 23).view(torch.float32)
+    # 3 bits after the first, and steps of 2**-9 under the smallest normal value
+    return _round_to(x, 3, -6)
+
+
+def e2m1_round(x: Tensor) -> Tensor:
+    """Round to the nearest E2M1 value, ties to the even code, by arithmetic.
+
+    Shapes:
+        x [...] float32 within [-6, 6] -> [...] float32
+    """
+    return _round_to(x, 1, 0)
+
+
+def _round_to(x: Tensor, mantissa_bits: int, least_exponent: int) -> Tensor:
+    exponent = ((x.contiguous().view(torch.int32) >> 23) & 0xFF).clamp_min(127 + least_exponent)
+    step = ((exponent - mantissa_bits) << 23).view(torch.float32)
     return (x / step).round() * step
 
 
@@ -75,8 +89,12 @@ def e2m1_encode(x: Tensor) -> Tensor:
 
 def e2m1_decode(code: Tensor) -> Tensor:
     """Decode E2M1 codes 0..15 to float32."""
-    table = torch.tensor(E2M1 + tuple(-v for v in E2M1), dtype=torch.float32, device=code.device)
-    return table[code.long()]
+    # from bits rather than by a table, which would have to be brought to the device first
+    wide = code.to(torch.int32)
+    magnitude = wide & 7
+    normal = (((magnitude >> 1) + 126) << 23) + ((magnitude & 1) << 22)
+    value = torch.where(magnitude < 2, magnitude * _HALF_BITS, normal).view(torch.float32)
+    return torch.where(wide > 7, -value, value)
 
 
 def fp4_pack(code: Tensor) -> Tensor:
@@ -151,7 +169,7 @@ def q8_encode(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """
     g = _groups(x.float(), block)
     amax = g.abs().amax(-1).clamp_min(_MIN_AMAX_Q8)
-    byte = ue8m0_ceil(amax * torch.tensor(_INV_E4M3_MAX, dtype=torch.float32, device=x.device))
+    byte = ue8m0_ceil(amax * _INV_E4M3_MAX)
     q = (g / ue8m0_value(byte)[..., None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     # flatten by bytes: float8 has no padding-free slice kernels on some devices
     flat = q.view(torch.uint8).flatten(-2)[..., : x.shape[-1]].contiguous()
@@ -172,7 +190,7 @@ def q8_round(x: Tensor, block: int) -> Tensor:
     with torch.no_grad():
         g = _groups(x.detach().float(), block)
         amax = g.abs().amax(-1).clamp_min(_MIN_AMAX_Q8)
-        byte = ue8m0_ceil(amax * torch.tensor(_INV_E4M3_MAX, dtype=torch.float32, device=x.device))
+        byte = ue8m0_ceil(amax * _INV_E4M3_MAX)
         scale = ue8m0_value(byte)[..., None]
         q = e4m3_round((g / scale).clamp(-E4M3_MAX, E4M3_MAX))
         rounded = (q * scale).flatten(-2)[..., : x.shape[-1]].to(x.dtype)
@@ -189,13 +207,7 @@ def q4_encode(x: Tensor, block: int = 32) -> tuple[Tensor, Tensor]:
     Source:
         `Q4` of the architecture note
     """
-    if x.shape[-1] % block:
-        raise ShapeError(
-            f"FP4 rounding got a last dimension of {x.shape[-1]}, expected a multiple of {block}"
-        )
-    g = split_last(x.float(), block)
-    amax = g.abs().amax(-1).clamp_min(_MIN_AMAX_Q4)
-    byte = ue8m0_ceil(amax * torch.tensor(_INV_E2M1_MAX, dtype=torch.float32, device=x.device))
+    g, byte = _fp4_groups(x, block)
     code = e2m1_encode((g / ue8m0_value(byte)[..., None]).clamp(-E2M1_MAX, E2M1_MAX))
     return code.flatten(-2), byte
 
@@ -208,8 +220,20 @@ def q4_decode(code: Tensor, scale: Tensor, block: int = 32) -> Tensor:
 def q4_round(x: Tensor, block: int = 32) -> Tensor:
     """Round to the FP4 grid of `q4_encode` and come back, in the dtype of `x`. Gradient passes straight through."""
     with torch.no_grad():
-        rounded = q4_decode(*q4_encode(x.detach(), block), block).to(x.dtype)
+        g, byte = _fp4_groups(x.detach(), block)
+        scale = ue8m0_value(byte)[..., None]
+        rounded = (e2m1_round((g / scale).clamp(-E2M1_MAX, E2M1_MAX)) * scale).flatten(-2).to(x.dtype)
     return _straight_through(x, rounded)
+
+
+def _fp4_groups(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Groups [..., n / block, block] float32, and their scales [..., n / block] uint8."""
+    if x.shape[-1] % block:
+        raise ShapeError(
+            f"FP4 rounding got a last dimension of {x.shape[-1]}, expected a multiple of {block}"
+        )
+    g = split_last(x.float(), block)
+    return g, ue8m0_ceil(g.abs().amax(-1).clamp_min(_MIN_AMAX_Q4) * _INV_E2M1_MAX)
 
 
 def hadamard(x: Tensor) -> Tensor:

@@ -83,6 +83,16 @@ def test_the_same_tokens_as_the_cpu_on_950(stand_in: StandIn) -> None:
     print(f"950, same tokens: {json.dumps(told)[:400]}")
 
 
+def test_a_decode_step_stays_on_the_device(stand_in: StandIn, family: str, converted: Path) -> None:
+    # what a graph cannot capture: an op that the vendor's wheel leaves to the host, a value read or a constant sent
+    found = stand_in.facts(SOCS[family], "decode_ops.py", str(needed(family, converted) or "-"), **EMULATED)
+    print(f"{family}: {found['ops']} ops of torch in {found['calls']} calls of a decode step")
+    assert found["ops"] > 20
+    assert found["on_host"] == []
+    assert found["to_host"] == {}
+    assert found["from_host"] == 0
+
+
 def test_a_chip_without_fp8_names_the_command_that_converts(stand_in: StandIn) -> None:
     ended = stand_in.python(SOCS["910C"], "-m", "v4sdk", "run", "--backend", "ascend", "hello", **EMULATED)
     assert ended.returncode == 1

@@ -22,9 +22,10 @@ from v4sdk.testing.compare import (
     EXACT,
     FP4_STEP,
     FP8_INPUTS,
+    FP8_INPUTS_FP4,
     INT8_INPUTS,
+    INT8_INPUTS_FP4,
     PACKED,
-    ROUNDED_INPUTS_FP4,
     Difference,
     by_norm,
     compare,
@@ -228,9 +229,9 @@ def _rounded_inputs(args: dict[str, Any], backend: Backend, step: Tolerance | No
     held += [w for v in args.values() if isinstance(v, ExpertWeights) for w in v.expert(0)]
     if backend.product_inputs == "float" or all(w.encoding == "float" for w in held):
         return None
-    if step is FP4_STEP:
-        return ROUNDED_INPUTS_FP4
-    return INT8_INPUTS if backend.product_inputs == "int8" else FP8_INPUTS
+    if backend.product_inputs == "int8":
+        return INT8_INPUTS_FP4 if step is FP4_STEP else INT8_INPUTS
+    return FP8_INPUTS_FP4 if step is FP4_STEP else FP8_INPUTS
 
 
 def _unchanged(value: Any, before: Any) -> bool:

@@ -1,8 +1,8 @@
 """Answers of the emulated chip and of the CPU to the same questions, as JSON: `answers.py CONVERTED|- QUESTION...`
 
-Both run the folder that the chip can run. Over the tokens of questions and answers: `kl` is the mean divergence of the chip's
-distribution from the CPU's on that folder, `kl_released` from the CPU's on the released values, `kl_converting` what converting
-alone costs.
+Both run the folder that the chip can run, in `reference` numerics: in `fast` the CPU itself lies further from those. Means over the
+tokens of questions and answers: `kl` is the divergence of the chip's distribution from the CPU's on that folder, `kl_released`
+from the CPU's on the released values, `kl_converting` what converting alone costs.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def divergence(of: Tensor, to: Tensor) -> list[float]:
 
 found: dict[str, list[Any]] = {"npu": [], "cpu": [], "kl": [], "kl_released": [], "kl_converting": []}
 with (
-    Session.load(model, backend="ascend") as npu,
-    Session.load(model, backend="cpu") as cpu,
-    Session.load(backend="cpu") as released,
+    Session.load(model, backend="ascend", numerics="reference") as npu,
+    Session.load(model, backend="cpu", numerics="reference") as cpu,
+    Session.load(backend="cpu", numerics="reference") as released,
 ):
     for question in questions:
         message = [{"role": "user", "content": question}]
