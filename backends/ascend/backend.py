@@ -30,9 +30,9 @@ from v4sdk.ops.op import REFERENCES
 from v4sdk.weight_formats import pack_int8
 from v4sdk.weights import ExpertWeights, Weight
 
-from . import policy, probe, results
+from . import packs, policy, probe, results
 from .contract import Vendor
-from .doctor import device_rows, evidence_rows, machine_rows, op_rows, planned_rows, roofline_rows
+from .doctor import device_rows, evidence_rows, machine_rows, op_rows, pack_rows, planned_rows, roofline_rows
 from .graph import RecordedStep
 from .identity import identity
 from .ops import PROVIDERS, Choice, choose
@@ -57,6 +57,8 @@ class AscendBackend(Backend):
     def __init__(self) -> None:
         self._npu: probe.Device | None = None
         self.vendor = Vendor()
+        # packs of functions that are installed, and why one cannot be loaded
+        self.packs: Mapping[str, str | None] = {}
         # who serves which op, once the table was asked for
         self.choices: tuple[Choice, ...] = ()
 
@@ -88,9 +90,12 @@ class AscendBackend(Backend):
         refused = refusal(self.machine)
         if refused is not None:
             raise BackendUnavailable(refused.reason, hint=refused.hint)
+        packs.prepare()
         npu = probe.load()
         if self.machine.emulates:
             probe.emulate()
+        else:
+            self.packs = packs.load()
         self._npu = probe.find(npu, self.machine.emulates)
         log.info("%s: %s", self._npu.name, verdict(self._npu))
 
@@ -256,7 +261,7 @@ class AscendBackend(Backend):
         shown = tested if isinstance(tested, results.Result) else None
         evidence: Evidence = "emulated" if self.machine.emulates else "schema"
         return (
-            *rows, *device_rows(self._npu, self.machine), *op_rows(self.choices, evidence, shown),
+            *rows, *device_rows(self._npu, self.machine), *pack_rows(self.packs), *op_rows(self.choices, evidence, shown),
             *evidence_rows(self.evidence, tested), *roofline_rows(self._npu),
         )  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from v4sdk.backend import DoctorRow, Evidence
 from v4sdk.ops import OPS
@@ -92,6 +92,20 @@ def _pack_rows(m: Machine) -> Sequence[DoctorRow]:
         finding = f"{m.packs['onnxruntime-cann']}: named, not used; it has 34 ONNX operators and none of those V4 is made of"
         rows.append(DoctorRow("onnxruntime-cann", finding, ok=True))
     return rows
+
+
+def pack_rows(packs: Mapping[str, str | None]) -> Sequence[DoctorRow]:
+    """Packs that are installed beside torch_npu, and why one of them cannot be loaded."""
+    hint = "each is built for one CANN and one torch: install the build for these, or do without"
+    return [
+        DoctorRow(
+            f"pack {name}",
+            "loaded" if reason is None else f"cannot be loaded: {reason}",
+            ok=reason is None,
+            hint=hint,
+        )
+        for name, reason in packs.items()
+    ]
 
 
 def device_rows(npu: Device, m: Machine) -> Sequence[DoctorRow]:
