@@ -64,8 +64,10 @@ def _vendorpack(root: Path) -> str | None:
         return f"{root} has no {_LIBRARY}"
     try:
         torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
-    except Exception as exc:  # it was built for one torch and one CANN
-        return why(exc)
+    except (
+        Exception
+    ) as exc:  # it was built for one torch and one CANN; torch names the file, and its cause what is missing
+        return why(exc.__cause__ or exc)
     return None
 
 
