@@ -74,7 +74,7 @@ def test_a_pack_that_fails_is_named_with_its_reason(site: Path) -> None:
     assert found[packs.TRANSFORMER] == "libopapi.so is not found"
     assert found[packs.VENDORPACK] == f"{root} has no vllm_ascend_C*.so"
     (root / "vllm_ascend_C.so").write_text("no library")
-    assert "invalid ELF header" in (packs.load()[packs.VENDORPACK] or "")
+    assert "file too short" in (packs.load()[packs.VENDORPACK] or "")
     rows = doctor.pack_rows(found)
     assert [row.ok for row in rows] == [False, False]
     assert rows[0].finding == "cannot be loaded: libopapi.so is not found"
