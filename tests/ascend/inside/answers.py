@@ -1,7 +1,7 @@
 """Answers of the emulated chip and of the CPU to the same questions, as JSON: `answers.py CONVERTED|- QUESTION...`
 
 Both run the folder that the chip can run, in `reference` numerics: in `fast` the CPU itself lies further off. Means over
-the tokens of questions and answers: `kl` is the divergence of the chip from the CPU's on that folder, `kl_released` from the CPU's
+the tokens of questions and answers: `kl` is the divergence of the chip from the CPU's on that folder, `kl_released` from its own
 on the released values, `kl_converting` what converting alone costs.
 """
 
