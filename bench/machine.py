@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import os
 import platform
+from collections.abc import Sequence
 from datetime import date
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
@@ -62,10 +63,14 @@ def hardware() -> dict[str, Any]:
     }
 
 
-def software() -> dict[str, str]:
-    """Versions of everything that computes, and a digest of v4sdk's own sources: two builds of one version differ in it."""
+def software(more: Sequence[str] = ()) -> dict[str, str]:
+    """Versions of everything that computes, and a digest of v4sdk's own sources: two builds of one version differ in it.
+
+    Args:
+        more: distributions of the backend's own.
+    """
     found = {"python": platform.python_version()}
-    for package in _PACKAGES:
+    for package in (*_PACKAGES, *more):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

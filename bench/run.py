@@ -150,8 +150,10 @@ def run(options: Options, output: Path, command: str, on_event: OnEvent, restart
 
 
 def _open(options: Options, backend: Backend, output: Path, command: str, restart: bool) -> Record:
-    chosen, about = options.to_json(backend), software()
-    fresh = Record(now(), command, chosen, hardware(), about, device=_device(backend))
+    chosen, about = options.to_json(backend), software(backend.software)
+    # of an emulated chip this is all that says which one it was
+    facts = {"capability": dict(backend.capability())} if backend.capability() else {}
+    fresh = Record(now(), command, chosen, hardware() | facts, about, device=_device(backend))
     if not output.parent.is_dir():
         raise BenchError(f"the folder of {output} does not exist", hint=f"mkdir -p {output.parent}")
     if restart and output.exists() and f'"kind": "{KIND}"' not in _head(output):

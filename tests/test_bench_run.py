@@ -337,3 +337,16 @@ def test_an_emulated_device_has_a_time_of_its_own(quick: bool, evidence: str, se
     stage = Stage("parity/op", rows(), 1, 2, emulated_s=3)
     backend = SimpleNamespace(evidence=evidence)
     assert stage.budget_s(quick, backend) == seconds  # type: ignore[arg-type]
+
+
+def test_a_record_names_what_computes_for_the_backend(
+    tmp_path: Path, plant: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = plugins.select("cpu")
+    monkeypatch.setattr(type(cpu), "software", ("pluggy", "no-such-distribution"))
+    monkeypatch.setattr(type(cpu), "capability", lambda self: {"arch": 90})
+    plant(a=rows("parity/1"))
+    made = start(tmp_path / "r.json")
+    assert made.software["pluggy"]
+    assert "no-such-distribution" not in made.software
+    assert Record.load(tmp_path / "r.json").machine["capability"] == {"arch": 90}

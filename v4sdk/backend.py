@@ -211,6 +211,7 @@ class Backend(ABC):
         bf16_products: products of BF16 matrices give BF16, also where the parts of an op hand float32 on: of values that are then
             rounded to FP8 or FP4, some fall on another step, which conformance allows for.
         product_inputs: what products of quantised matrices round their inputs to; `float` where only numerics decide.
+        software: distributions that compute for it, whose versions belong into every record.
         known_gaps: `op/case` to cause, for conformance cases known to fail; an unexpected pass is a failure.
     """
 
@@ -222,6 +223,7 @@ class Backend(ABC):
     kv_formats: tuple[KVFormat, ...] = KV_FORMATS
     bf16_products: bool = False
     product_inputs: Literal["float", "int8", "fp8"] = "float"
+    software: tuple[str, ...] = ()
     known_gaps: Mapping[str, str] = {}
 
     @abstractmethod

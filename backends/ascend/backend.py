@@ -53,6 +53,7 @@ class AscendBackend(Backend):
     # below the CPU until its functions were measured on a device: `auto` must not choose it before
     priority = -1
     bf16_products = True
+    software = ("torch-npu",)
 
     def __init__(self) -> None:
         self._npu: probe.Device | None = None

@@ -48,12 +48,12 @@ def pair_for(cann: str | None, torch: str) -> str:
         (v for known, v in PAIRS.items() if cann and _line(known) == _line(cann)), PAIRS[NEWEST_CANN]
     )
     chosen = next((v for v in versions if fits_torch(v, torch)), versions[0])
-    return f"{cpu_build(torch_release(chosen))} && pip install torch-npu=={chosen}"
+    return f"pip install torch=={torch_release(chosen)} torch-npu=={chosen}, torch as its CPU build (pytorch.org)"
 
 
 def cpu_build(torch: str) -> str:
-    """The command that installs torch without another vendor's device, beside which torch_npu does not load."""
-    return f"pip install torch=={torch} --index-url https://download.pytorch.org/whl/cpu"
+    """How to get torch without another vendor's device, beside which torch_npu does not load."""
+    return f"install the CPU build of torch {torch} (pytorch.org has the line for pip)"
 
 
 def _release(version: str) -> str:

@@ -42,6 +42,7 @@ class CudaBackend(Backend):
     name = "cuda"
     # below the CPU until its kernels were measured on a device: `auto` must not choose it before
     priority = -1
+    software = ("triton",)
 
     def __init__(self) -> None:
         # who serves which op, once the table was asked for

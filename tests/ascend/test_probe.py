@@ -30,7 +30,7 @@ GOOD = probe.Machine(
     missing=None, nodes=("davinci0", "davinci1"), accelerator=None, is_stand_in=False, emulates=False,
 )  # fmt: skip
 # torch without another vendor's device, beside which torch_npu does not load
-CPU = "pip install torch=={} --index-url https://download.pytorch.org/whl/cpu"
+PAIR = "pip install torch=={} torch-npu=={}, torch as its CPU build (pytorch.org)"
 BARE: dict[str, Any] = {
     "torch_npu": None, "has_package": False, "toolkit": None, "cann": None, "missing": "libascendcl.so is not found"
 }  # fmt: skip
@@ -43,16 +43,16 @@ def test_a_machine_with_everything_is_not_refused() -> None:
 @pytest.mark.parametrize(
     ("change", "reason", "hint"),
     [
-        (BARE, "neither CANN nor torch_npu is installed", f"{CPU.format('2.10.0')} && pip install torch-npu==2.10.0.post4"),
+        (BARE, "neither CANN nor torch_npu is installed", PAIR.format("2.10.0", "2.10.0.post4")),
         (
             {"torch_npu": None, "has_package": False, "cann": "8.5.0", "torch": "2.8.0"},
-            "CANN 8.5.0 is here, but torch_npu is not installed", f"{CPU.format('2.8.0')} && pip install torch-npu==2.8.0.post2",
+            "CANN 8.5.0 is here, but torch_npu is not installed", PAIR.format("2.8.0", "2.8.0.post2"),
         ),
         (
             {"torch": "2.13.0"}, "torch_npu 2.10.0.post4 was built for torch 2.10.0, and this is torch 2.13.0",
-            "pip install torch==2.10.0",
+            "install the CPU build of torch 2.10.0",
         ),
-        ({"accelerator": "cuda"}, "this torch already serves `cuda`", "whl/cpu"),
+        ({"accelerator": "cuda"}, "this torch already serves `cuda`", "CPU build"),
         (
             {"toolkit": None, "missing": "libascendcl.so is not found"},
             "torch_npu is installed, but CANN is not found: libascendcl.so is not found", "install CANN 9.1.0",
@@ -93,11 +93,8 @@ def test_a_cann_of_the_same_line_fits_and_another_does_not() -> None:
 
 
 def test_a_pair_is_for_the_torch_at_hand_where_there_is_one() -> None:
-    assert (
-        versions.pair_for("9.1.0", "2.9.0+cpu")
-        == f"{CPU.format('2.9.0')} && pip install torch-npu==2.9.0.post6"
-    )
-    assert versions.pair_for("9.1.0", "2.13.0") == f"{CPU.format('2.12.0')} && pip install torch-npu==2.12.0"
+    assert versions.pair_for("9.1.0", "2.9.0+cpu") == PAIR.format("2.9.0", "2.9.0.post6")
+    assert versions.pair_for("9.1.0", "2.13.0") == PAIR.format("2.12.0", "2.12.0")
     assert versions.pair_for(None, "2.13.0") == versions.pair_for(versions.NEWEST_CANN, "2.13.0")
 
 
