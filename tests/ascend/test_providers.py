@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from v4sdk.backend import EngineConfig
 from v4sdk.numerics import FAST
 from v4sdk.ops import OPS, inputs
 from v4sdk.ops.op import REFERENCES, Tolerance
 from v4sdk.ops.rows import load_index, load_kv
+from v4sdk.presets import V4_FLASH
 from v4sdk.testing.compare import compare
 from v4sdk.weights import ExpertWeights, Weight, stack
 
@@ -277,3 +279,12 @@ def test_linear(
         called.clear()
         one.function(to, x, laid_out, replace(FAST, q8_gemm_input=True), dtype)
         assert not called
+
+
+@pytest.mark.parametrize(("name", "declined"), [("W8A8", False), ("W4A8", True)])
+def test_int4_experts_are_left_to_the_reference_and_said_so(name: str, declined: bool) -> None:
+    integers = getattr(importlib.import_module("v4sdk_ascend.policy"), name)
+    config = replace(V4_FLASH, quantization=None, expert_dtype=None, integers=integers)
+    one = next(p.values[0] for p in serving("routed_experts") if p.values[1] == "910B")
+    said = one.unless(config, EngineConfig(FAST, "bf16"), "910B")
+    assert (said is not None and "int4" in said) is declined

@@ -30,6 +30,8 @@ _DYNAMIC, _NO_QUANT = 1, -1
 _CLAMPED_HALVES = 2
 _ALPHA, _BIAS = 1.0, 0.0
 _WIDEST = 10496
+# any matrix of a routed expert
+_EXPERT = "layers.0.ffn.experts.0.w1"
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,9 @@ def shared_expert(
 
 
 def unless(config: ModelConfig, engine: EngineConfig, family: Family) -> str | None:
-    """On 910B and 910C experts of a multiple of 64 to 10496, for the gate of int8 products."""
+    """No int4 experts; on 910B and 910C widths of a multiple of 64 to 10496, for the gate of int8 products."""
+    if config.integers is not None and config.integers.encoding(_EXPERT) == "int4":
+        return "experts are int4, of which its grouped products read a packing that no folder of ours has"
     inner = config.moe_intermediate_size
     if family != "950" and (inner % 64 or inner > _WIDEST):
         return f"experts are {inner} wide, and its document knows multiples of 64 to {_WIDEST}"
