@@ -128,7 +128,8 @@ def _replace_arithmetic(interpreter: Any) -> None:
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
     numpy_type = interpreter._get_np_dtype
     bitwise = (np.bitwise_and, np.bitwise_or, np.bitwise_xor, np.left_shift, np.right_shift)
-    binary, unary, ternary = builder.binary_op, builder.unary_op, builder.ternary_op
+    # selection moves values and computes nothing: it stays, as long as it is a function of its own
+    binary, unary, _selection = builder.binary_op, builder.unary_op, builder.ternary_op
     cast, dot, fma = builder.cast_impl, builder.create_dot, builder.create_fma
 
     def widened(value: Any) -> Any:
@@ -181,8 +182,6 @@ def _replace_arithmetic(interpreter: Any) -> None:
     for name in ("sum", "min_max"):
         setattr(reduce, name, _refusing(getattr(reduce, name), low, name))
     interpreter._convert_float = convert
-    # selection moves values and computes nothing, so `ternary_op` stays
-    assert ternary is builder.ternary_op
     builder.cast_impl, builder.binary_op, builder.unary_op = cast_impl, binary_op, unary_op
     builder.create_dot, builder.create_fma = create_dot, create_fma
 
