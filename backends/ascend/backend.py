@@ -34,7 +34,7 @@ from . import packs, policy, probe, results
 from .contract import Vendor
 from .doctor import device_rows, evidence_rows, machine_rows, op_rows, pack_rows, planned_rows, roofline_rows
 from .graph import RecordedStep
-from .identity import identity
+from .identity import identity, uuid
 from .ops import PROVIDERS, Choice, choose
 from .providers import layout
 from .verdict import refusal, verdict
@@ -114,8 +114,13 @@ class AscendBackend(Backend):
         found = results.read(results.path())
         if not isinstance(found, results.Result):
             return found
-        why = found.why_not_here(self.npu, self.machine)
+        why = found.why_not_here(self.npu, self.machine, self.number)
         return f"{results.path()} was {why}" if why else found
+
+    @cached_property
+    def number(self) -> str | None:
+        """UUID of the NPU in use; None where nothing says it."""
+        return uuid(torch.get_device_module("npu"), self.npu.index)
 
     @property
     def kv_formats(self) -> tuple[KVFormat, ...]:  # type: ignore[override]
@@ -163,19 +168,21 @@ class AscendBackend(Backend):
 
     def prepare_weight(self, role: str, weight: Weight) -> Weight:
         """Lay a matrix out as this chip reads it; what it cannot read is refused, with the command that converts it."""
+        self._refuse(role, weight)
+        return (layout.mx_scales(weight) if self.npu.family == "950" else weight).to(self.device)
+
+    def _refuse(self, role: str, weight: Weight) -> None:
         family = self.npu.family
         if family is not None and weight.encoding not in policy.POLICIES[family].encodings:
             raise CheckpointError(
                 f"`{role}` is {weight.encoding}, of which {family} has no products",
                 hint="v4sdk convert makes a folder that it runs, see v4sdk convert --help",
             )
-        return (layout.mx_scales(weight) if family == "950" else weight).to(self.device)
 
     def prepare_experts(self, role: str, experts: ExpertWeights) -> ExpertWeights:
         """Stack the experts of one layer in the device's memory, as its grouped products read them."""
-        for one in (experts.w1[:1], experts.w2[:1]):
-            for weight in one:
-                self.prepare_weight(role, weight)
+        for weight in (*experts.w1, *experts.w2, *experts.w3, *(experts.packed or ())):
+            self._refuse(role, weight)
         return layout.experts(experts, self.device)
 
     def exchange_experts(

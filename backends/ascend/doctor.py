@@ -26,6 +26,10 @@ PACK_NAMES = {
     "parts": "parts or reference",
 }
 DEVICE_TEST = "v4sdk doctor --backend ascend --device-test"
+_GRAPH: Mapping[bool | None, str] = {
+    True: "a replayed step equals one without a graph", False: "a replayed step differs from one without a graph",
+    None: "no step was captured as a graph",
+}  # fmt: skip
 
 
 def machine_rows(m: Machine) -> Sequence[DoctorRow]:
@@ -146,7 +150,7 @@ def op_rows(
     groups: dict[tuple[str, str], list[str]] = {}
     for op in OPS:
         by = served[op].by if op in served else "parts"
-        shown = "reference" if by == "parts" else "device" if op in right else evidence
+        shown = "reference" if by == "parts" else "device" if (op, by) in right else evidence
         groups.setdefault((by, shown), []).append(op)
     rows = [
         DoctorRow(f"{len(names)} ops by {PACK_NAMES[by]}", f"{', '.join(names)} ({shown})", ok=True)
@@ -182,7 +186,7 @@ def evidence_rows(evidence: Evidence, tested: results.Result | str | None) -> Se
         what = (
             f"{evidence}: {right} on {tested.soc} {tested.uuid}, driver {tested.driver}, CANN {tested.cann}, "
         )
-        finding = f"{what}torch_npu {tested.torch_npu}, {tested.date}"
+        finding = f"{what}torch_npu {tested.torch_npu}, {tested.date}; {_GRAPH[tested.graph]}"
         return (DoctorRow("evidence", finding, ok=tested.ok, hint=f"{DEVICE_TEST} shows which differ"),)
     finding = f"{evidence}: never run on this device" if tested is None else f"{evidence}: {tested}"
     return (DoctorRow("evidence", finding, ok=False, hint=f"{DEVICE_TEST} takes about a minute"),)

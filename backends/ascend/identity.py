@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from collections.abc import Callable, Mapping
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .probe import Device, Machine
+from .probe import VISIBLE_VARIABLE, Device, Machine
 
 _ROUNDS = 20
 _NUMBERS = 1 << 24
@@ -33,19 +34,52 @@ def identity(device: Device, machine: Machine) -> Mapping[str, str | float]:
 
 
 def uuid(devices: Any, index: int) -> str | None:
-    """The device's UUID by torch_npu, which has it from 2.13 on; else its die's or board's number by npu-smi; else None."""
+    """The device's UUID by torch_npu, which has it from 2.13 on; else its die's or board's number by npu-smi; else None.
+
+    Args:
+        devices: `torch.npu`. index: of the device among those that this process sees.
+    """
     said = getattr(devices.get_device_properties(index), "uuid", None)
     if said is not None and str(said).strip("0-"):
         return f"NPU-{said}"
+    place = _card_and_chip(index)
+    if place is None:
+        return None
+    card, chip = place
+    # a card of two chips has one serial number, so that alone it would name both
+    for about, wanted, suffix in ((("-c", chip), "VDie ID", ""), ((), "Serial Number", f"-{chip}")):
+        said = _smi("-t", "board", "-i", card, *about)
+        found = re.search(rf"^\s*{wanted}\s*:\s*(\S.*?)\s*$", said, re.MULTILINE)
+        if found and found[1].strip("0- ") not in ("", "NA", "N/A"):
+            return f"NPU-{'-'.join(found[1].split())}{suffix}"
+    return None
+
+
+def _card_and_chip(index: int) -> tuple[str, str] | None:
+    """What npu-smi calls a device of this process: the variable picks among the host's devices, a card has one chip or two."""
+    visible = os.environ.get(VISIBLE_VARIABLE)
+    listed = [one.strip() for one in visible.split(",")] if visible else None
+    if listed is not None and (index >= len(listed) or not listed[index].isdecimal()):
+        return None
+    wanted = index if listed is None else int(listed[index])
+    # NPU ID, Chip ID, Chip Logic ID, ..; a chip that computes nothing has `-` for the last
+    rows = re.findall(r"^\s*(\d+)\s+(\d+)\s+(\d+)\s", _smi("-m"), re.MULTILINE)
+    return next(((card, chip) for card, chip, logic in rows if int(logic) == wanted), None)
+
+
+def _smi(*arguments: str) -> str:
+    """What `npu-smi info` prints; nothing where there is none."""
     try:
         ran = subprocess.run(
-            ["npu-smi", "info", "-t", "board", "-i", str(index)],
-            capture_output=True, text=True, timeout=_SMI_TIMEOUT_S, check=False,
-        )  # fmt: skip
+            ["npu-smi", "info", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=_SMI_TIMEOUT_S,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    found = re.search(r"^\s*(?:VDie ID|Serial Number)\s*:\s*(\S.*?)\s*$", ran.stdout, re.MULTILINE)
-    return f"NPU-{'-'.join(found[1].split())}" if found else None
+        return ""
+    return ran.stdout
 
 
 def seconds(devices: Any, work: Callable[[], object], rounds: int = _ROUNDS) -> float:
