@@ -17,7 +17,17 @@ from v4sdk.config import ModelConfig
 from v4sdk.errors import KernelMismatch
 from v4sdk.numerics import Numerics
 from v4sdk.testing import Report, assert_close, compare, poisoned_memory, run_conformance
-from v4sdk.testing.compare import EXACT, compare_selection
+from v4sdk.testing.compare import (
+    EXACT,
+    FP8_INPUTS,
+    FP8_INPUTS_FP4,
+    INT8_INPUTS,
+    INT8_INPUTS_FP4,
+    by_norm,
+    compare_selection,
+    describe,
+    tolerance_for,
+)
 from v4sdk.weight_formats import pack_int8
 from v4sdk.weights import Weight
 
@@ -321,3 +331,19 @@ def test_an_integer_product_is_judged_by_its_norm_and_a_wrong_one_is_caught() ->
     report = run_conformance(Integers(1.03), CONFIG, ops=["linear"])
     assert not report.ok
     assert "of the whole tensor" in failures(report)
+
+
+def test_one_wrong_token_among_many_is_caught() -> None:
+    draw = torch.Generator().manual_seed(3)
+    expected = torch.randn(512, 64, generator=draw)
+    rounded = expected * (1 + 0.01 * torch.randn(512, 64, generator=draw))
+    tolerance = tolerance_for(ops.linear, torch.float32)
+    assert by_norm(compare(rounded, expected, tolerance), INT8_INPUTS).ok
+    noise = rounded.clone()
+    noise[7] = torch.randn(64, generator=draw)
+    found = compare(noise, expected, tolerance)
+    assert found.relative_l2 < FP8_INPUTS.whole.rtol, "of the whole it is little"
+    for limits in (INT8_INPUTS, FP8_INPUTS, INT8_INPUTS_FP4, FP8_INPUTS_FP4):
+        judged = by_norm(found, limits)
+        assert not judged.ok
+        assert "of each row" in describe(judged)

@@ -27,6 +27,7 @@ from v4sdk.testing.compare import (
     INT8_INPUTS_FP4,
     PACKED,
     Difference,
+    NormLimits,
     by_norm,
     compare,
     compare_on_grid,
@@ -201,7 +202,7 @@ def _differences(
     has_kernel = op.name not in {row.op for row in binding.without_kernel}
     # a device may round what numerics leave as it is
     step = _grid_step(op.name, args) if has_kernel and backend.bf16_products else None
-    limit = _rounded_inputs(args, backend, step) if has_kernel else None
+    limits = _rounded_inputs(args, backend, step) if has_kernel else None
     for with_out in (False, True):
         given = on_backend(args, backend)
         before = clone(given)
@@ -214,17 +215,17 @@ def _differences(
         if with_out and expected is not None:
             result = extra["out"]
         for found in _outputs(op, result, expected, _numerics(args), step):
-            yield by_norm(found, limit) if limit else found
+            yield by_norm(found, limits) if limits else found
         for name in given:
             if name in op.mutates:
                 for found in _mutated(op, name, given, expected_args, step):
-                    yield by_norm(found, limit) if limit else found
+                    yield by_norm(found, limits) if limits else found
             elif not _unchanged(given[name], before[name]):
                 yield Difference(float("nan"), float("inf"), EXACT, f"argument `{name}` was changed in place")
 
 
-def _rounded_inputs(args: dict[str, Any], backend: Backend, step: Tolerance | None) -> Tolerance | None:
-    """How far results may lie from the reference's as a whole, where a device rounds the inputs of its products."""
+def _rounded_inputs(args: dict[str, Any], backend: Backend, step: Tolerance | None) -> NormLimits | None:
+    """How far results may lie from the reference's by their length, where a device rounds the inputs of its products."""
     held = [v for v in args.values() if isinstance(v, Weight)]
     held += [w for v in args.values() if isinstance(v, ExpertWeights) for w in v.expert(0)]
     if backend.product_inputs == "float" or all(w.encoding == "float" for w in held):
