@@ -7,7 +7,7 @@ table promises can be held against each other.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
@@ -18,6 +18,10 @@ import torch
 from .chip import Family
 
 Pack = Literal["transformer", "vendorpack", "stock"]
+
+
+class ContractBroken(Exception):
+    """This plugin passed what its own table does not name: a fault here, whatever the vendor has."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,18 @@ def lacks(call: Call, family: Family | None = None) -> str | None:
     return f"{call.key} has no argument {', '.join(missing)}, which came with {since}"
 
 
+def absent(keys: Iterable[str], family: Family) -> str | None:
+    """Why functions are not there on this chip, with the libraries that are loaded; None if all of them are."""
+    for key in keys:
+        call = contract()[key]
+        if family not in call.chips:
+            return f"{key} is documented for {', '.join(sorted(call.chips))}"
+        why = lacks(call, family)
+        if why is not None:
+            return why
+    return None
+
+
 def _schemas(call: Call) -> list[Any]:
     packet = getattr(getattr(torch.ops, call.library), call.name, None)
     return [getattr(packet, name)._schema for name in packet.overloads()] if packet is not None else []
@@ -108,13 +124,15 @@ class Vendor:
         """Call a vendor's function; only what its row names may be passed.
 
         Raises:
-            KeyError: the table has no such row. TypeError: an argument is passed that the row does not name.
+            ContractBroken: the table has no such row, or an argument is passed that the row does not name.
         """
-        row = contract()[key]
+        row = contract().get(key)
+        if row is None:
+            raise ContractBroken(f"{key} is called, and the contract has no row of it")
         named = row.arguments()
         if len(args) > len(row.positional) or not kwargs.keys() <= {*named[len(args) :]}:
             passed = [f"{len(args)} positional", *kwargs]
-            raise TypeError(
+            raise ContractBroken(
                 f"{key} is passed {', '.join(passed)}; its row of the contract names {', '.join(named)}"
             )
         for told in self.observers:

@@ -20,8 +20,9 @@ from v4sdk.backend import EngineConfig, ExpertExchange, Ranks
 from v4sdk.config import ModelConfig
 
 from .chip import Family
-from .contract import Vendor, contract, lacks
-from .ep_exchange import COMM_ALG, DispatchCombine, MegaMoe, carried_width
+from .contract import ContractBroken, Vendor
+from .contract import absent as absent_calls
+from .ep_exchange import DispatchCombine, MegaMoe, carried_width
 from .policy import stored_as
 from .roofline import BALANCE, LABEL, PROFILES
 
@@ -80,14 +81,7 @@ class Plan:
 
 def absent(way: Way, family: Family) -> str | None:
     """Why a way's functions are not there on this chip, with the libraries that are loaded."""
-    for key in CALLS[way]:
-        call = contract()[key]
-        if family not in call.chips:
-            return f"{key} is documented for {', '.join(sorted(call.chips))}"
-        why = lacks(call, family)
-        if why is not None:
-            return why
-    return None
+    return absent_calls(CALLS[way], family)
 
 
 def buffer_bytes_per_token(family: Family, config: ModelConfig, processes: int) -> int:
@@ -212,19 +206,49 @@ def join(
     """
     processes = len(ranks.bounds) - 1
     found = agreed(chosen or plan(family, config, engine, processes), ranks, device)
-    log.info("experts travel by %s%s", found.way, "".join(f"; {why}" for why in found.passed_over))
-    if found.way == "all_to_all":
-        return plain
-    # the vendor wants a group in which nothing else runs
-    group = dist.new_group(list(range(processes)), backend=dist.get_backend(ranks.group()))
-    if found.way == "mega_moe":
-        return MegaMoe(vendor, ranks, config, found.tokens, (buffer or _symmetric_buffer)(
-            group, config.n_routed_experts, found.tokens, config.num_experts_per_tok, config.hidden_size,
-            config.moe_intermediate_size,
-        ))  # fmt: skip
-    return DispatchCombine(
-        vendor, ranks, config, found.tokens, plain, name(group, ranks.rank), COMM_ALG[family]
-    )
+    passed = found.passed_over
+    if found.way != "all_to_all":
+        # the vendor wants a group in which nothing else runs
+        group = dist.new_group(list(range(processes)), backend=dist.get_backend(ranks.group()))
+
+        def make() -> DispatchCombine | MegaMoe:
+            if found.way == "dispatch":
+                return DispatchCombine(
+                    vendor, family, ranks, config, found.tokens, plain, name(group, ranks.rank)
+                )
+            return MegaMoe(vendor, ranks, config, found.tokens, (buffer or _symmetric_buffer)(
+                group, config.n_routed_experts, found.tokens, config.num_experts_per_tok, config.hidden_size,
+                config.moe_intermediate_size,
+            ))  # fmt: skip
+
+        made = _tried(make, ranks, device)
+        if not isinstance(made, str):
+            log.info("experts travel by %s%s", found.way, "".join(f"; {why}" for why in passed))
+            return made
+        log.warning("%s failed on first use, all_to_all serves from now on: %s", found.way, made)
+        passed = (*passed, f"{found.way}: failed on first use: {made}")
+    log.info("experts travel by all_to_all%s", "".join(f"; {why}" for why in passed))
+    return plain
+
+
+def _tried(
+    make: Callable[[], DispatchCombine | MegaMoe], ranks: Ranks, device: torch.device
+) -> DispatchCombine | MegaMoe | str:
+    """An exchange that worked once on every rank, or why it did not; later there is no way back, matrices are laid out anew."""
+    made, why = None, ""
+    try:
+        made = make()
+        made.trial(device)
+    except ContractBroken:
+        raise
+    # whatever a vendor's library raises, v4sdk's own exchange does without
+    except Exception as exc:
+        why = f"{type(exc).__name__}: {' '.join(str(exc).split())[:300]}"
+    works = torch.tensor([0 if why else 1], dtype=torch.int32, device=device)
+    dist.all_reduce(works, dist.ReduceOp.MIN, group=ranks.group())
+    if made is not None and bool(works[0]):
+        return made
+    return why or "it did so on another rank"
 
 
 def _symmetric_buffer(group: Any, *sizes: int) -> Any:

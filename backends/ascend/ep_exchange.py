@@ -109,15 +109,16 @@ class DispatchCombine:
     combine then sums with weights of one. Steps longer than one call's tokens take v4sdk's own exchange, in waves.
 
     Args:
-        most: tokens of a rank in one call. plain: v4sdk's own exchange. group: HCCL's name for one in which nothing else runs.
+        family: of this rank's chip. most: tokens of a rank in one call. plain: v4sdk's own exchange. group: HCCL's name for one
+            in which nothing else runs.
     """
 
     def __init__(
-        self, vendor: Vendor, ranks: Ranks, config: ModelConfig, most: int, plain: ExpertExchange, group: str,
-        comm_alg: str,
+        self, vendor: Vendor, family: Family, ranks: Ranks, config: ModelConfig, most: int, plain: ExpertExchange,
+        group: str,
     ) -> None:  # fmt: skip
-        self._vendor, self._ranks, self._plain = vendor, ranks, plain
-        self._experts, self._group, self._comm_alg = config.n_routed_experts, group, comm_alg
+        self._vendor, self._family, self._ranks, self._plain = vendor, family, ranks, plain
+        self._config, self._group = config, group
         self._longest = most * (len(ranks.bounds) - 1)
         self._spread = Spread(ranks, most)
 
@@ -128,17 +129,23 @@ class DispatchCombine:
         """See `v4sdk.backend.ExpertExchange`; single results travel in BF16 whatever `back` is."""
         if tokens > self._longest:
             return self._plain.run(u, ids, weights, compute, back, waves, experts=experts, tokens=tokens)
-        return self._spread.run(u, ids, weights, tokens, lambda a, b, c: self._exchange(a, b, c, compute))
+        return self._spread.run(u, ids, weights, tokens, lambda a, b, c: self.exchange(a, b, c, compute))
 
-    def _exchange(self, u: Tensor, ids: Tensor, weights: Tensor, compute: Compute) -> Tensor:
+    def trial(self, device: torch.device) -> None:
+        """Exchange one token of every rank, before anything depends on it; raises whatever the vendor raises."""
+        zeros = self.exchange(*_trial_token(self._config, device), lambda rows, *_: torch.zeros_like(rows))
+        _wait(zeros)
+
+    def exchange(self, u: Tensor, ids: Tensor, weights: Tensor, compute: Compute) -> Tensor:
+        """One call of each: equal shares u [t, H] BF16, ids [t, K] int32, weights [t, K] float32 -> [t, H] BF16."""
         hidden, chosen = u.shape[1], ids.shape[1]
         ones = torch.ones_like(weights)
-        where = (self._group, self._spread.count, self._ranks.rank, self._experts)
+        where = (self._group, self._spread.count, self._ranks.rank, self._config.n_routed_experts)
         # 910B's combine wants weights that came with the rows; 910C's dispatch takes none, but has counts of another group
-        is_910b = self._comm_alg == COMM_ALG["910B"]
+        is_910b = self._family == "910B"
         scales = {"expert_scales": ones} if is_910b else {}
         same: dict[str, Any] = {
-            "shared_expert_num": 1, "shared_expert_rank_num": 0, "global_bs": 0, "comm_alg": self._comm_alg,
+            "shared_expert_num": 1, "shared_expert_rank_num": 0, "global_bs": 0, "comm_alg": COMM_ALG[self._family],
         }  # fmt: skip
         rows, _, info, counts, received, tp_received, row_scales = self._call(
             "npu.npu_moe_distribute_dispatch_v2", with_choices(u, ids, weights), ids.contiguous(), *where, **scales,
@@ -181,7 +188,8 @@ class MegaMoe:
     def __init__(self, vendor: Vendor, ranks: Ranks, config: ModelConfig, most: int, buffer: Any) -> None:
         self._vendor, self._ranks, self._config, self._buffer = vendor, ranks, config, buffer
         self._spread = Spread(ranks, most)
-        self._matrices: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
+        # with the experts themselves, so that no others get their number
+        self._matrices: dict[int, tuple[ExpertWeights, list[Tensor], list[Tensor]]] = {}
 
     def run(
         self, u: Tensor, ids: Tensor, weights: Tensor, compute: Compute, back: torch.dtype, waves: int = 1, *,
@@ -205,8 +213,17 @@ class MegaMoe:
             for data in (w1, w2, w3):
                 # two layouts of all experts do not fit beside each other
                 data.set_()  # type: ignore[call-overload]
-            self._matrices[id(experts)] = both, out
-        return self._matrices[id(experts)]
+            self._matrices[id(experts)] = experts, both, out
+        return self._matrices[id(experts)][1:]
+
+    def trial(self, device: torch.device) -> None:
+        """As `DispatchCombine.trial`; matrices of zeros, one for all experts, while those of the model keep their layout."""
+        hidden, inner = self._config.hidden_size, self._config.moe_intermediate_size
+        bounds = self._ranks.bounds
+        count = bounds[self._ranks.rank + 1] - bounds[self._ranks.rank]
+        both = torch.zeros(hidden, 2 * inner, dtype=torch.bfloat16, device=device)
+        out = torch.zeros(inner, hidden, dtype=torch.bfloat16, device=device)
+        _wait(self._exchange(*_trial_token(self._config, device), [both] * count, [out] * count))
 
     def _exchange(
         self, u: Tensor, ids: Tensor, weights: Tensor, both: list[Tensor], out: list[Tensor]
@@ -224,6 +241,18 @@ class MegaMoe:
             raise ExchangeBroken(str(exc)) from exc
         result: Tensor = y
         return result
+
+
+def _trial_token(config: ModelConfig, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    chosen = config.num_experts_per_tok
+    u = torch.zeros(1, config.hidden_size, dtype=torch.bfloat16, device=device)
+    ids = torch.arange(chosen, dtype=torch.int32, device=device)[None]
+    return u, ids, torch.ones(1, chosen, device=device)
+
+
+def _wait(result: Tensor) -> None:
+    """What a device reports late, it reports at the latest when a value is read."""
+    result.cpu()
 
 
 def _refuse_twice(ids: Tensor) -> None:

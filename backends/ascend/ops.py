@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from v4sdk.backend import EngineConfig, Kernel
 from v4sdk.config import ModelConfig
+from v4sdk.numerics import Numerics
 from v4sdk.ops import OPS
 from v4sdk.ops.batch import Batch
 from v4sdk.ops.op import OpTable
+from v4sdk.weights import ExpertWeights, Weight
 
 from .chip import Family
-from .contract import Vendor, contract, lacks
+from .contract import ContractBroken, Vendor, absent
 from .kernels.launch import PROVIDERS as KERNELS
 from .providers import Calls, Provider, stock, transformer, vendorpack
 
@@ -81,14 +86,15 @@ class _Chain:
         here = {row.pack for row in rows if family in row.chips}
         rows = [row for row in rows if family in row.chips or row.pack not in here]
         self._family = family
-        self._absent = [f"{r.pack}: {why}" for r in rows if (why := _absent(r, family))]
-        self._present = [row for row in rows if not _absent(row, family)]
+        found = [(row, _absent(row, family)) for row in rows]
+        self._absent = [f"{row.pack}: {why}" for row, why in found if why]
+        self._present = [row for row, why in found if not why]
         # until a model is bound: by the chip and the libraries alone
         self.choice.by = self._present[0].pack if self._present else _PARTS
         self.choice.passed_over = list(self._absent)
         self._calls = calls
         self._serving: list[tuple[str, Callable[..., Any]]] = []
-        self._proven: set[tuple[str, bool]] = set()
+        self._proven: set[tuple[str, Hashable]] = set()
         self._rest = OPS[op].build(calls.ops)
 
         @functools.wraps(self._rest)
@@ -116,21 +122,24 @@ class _Chain:
         return row.function if row.pack == "kernels" else functools.partial(row.function, self._calls)
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # prompts and decode steps may take different ways through a provider
-        decode = any(isinstance(a, Batch) and a.is_decode for a in (*args, *kwargs.values()))
+        # whatever way a call takes through a provider, its first time is a first use
+        way = (*map(_kind, args), *((name, _kind(value)) for name, value in kwargs.items()))
         while self._serving:
             pack, serve = self._serving[0]
-            if (pack, decode) in self._proven:
+            if (pack, way) in self._proven:
                 return serve(*args, **kwargs)
             try:
                 result = serve(*args, **kwargs)
-            except (
-                Exception
-            ) as exc:  # whatever a vendor's library raises on first use, the next provider may do without
+            except ContractBroken:
+                raise
+            # whatever a vendor's library raises on first use, the next provider may do without
+            except Exception as exc:
+                if _out_of_memory(exc):
+                    raise
                 self._serving.pop(0)
                 self._passed(pack, exc)
                 continue
-            self._proven.add((pack, decode))
+            self._proven.add((pack, way))
             return result
         return self._rest(*args, **kwargs)
 
@@ -148,11 +157,29 @@ def _absent(row: Provider, family: Family) -> str | None:
     """Why a provider is not there at all on this chip, with the libraries that are loaded."""
     if family not in row.chips:
         return f"is for {', '.join(sorted(row.chips))}"
-    for key in row.calls:
-        call = contract()[key]
-        if family not in call.chips:
-            return f"{key} is documented for {', '.join(sorted(call.chips))}"
-        why = lacks(call, family)
-        if why:
-            return why
-    return None
+    return absent(row.calls, family)
+
+
+def _kind(value: object) -> Hashable:
+    """What of an argument a provider may branch on: all but sizes and values."""
+    match value:
+        case Tensor():
+            return value.dtype, value.numel() == 0
+        case Weight():
+            return value.encoding, value.data.dtype, value.block
+        case ExpertWeights():
+            return "experts", None if value.packed is None else tuple(_kind(one) for one in value.packed)
+        case Batch():
+            return "decode" if value.is_decode else "prompt"
+        # of a model there are few: a ratio, a width, what is asked for
+        case int() | float() | Numerics():
+            return value
+        case torch.dtype():
+            return str(value)
+        case _:
+            return type(value).__name__
+
+
+def _out_of_memory(exc: Exception) -> bool:
+    """Whether the device's memory is full: another provider would want it too, and callers have an answer to it."""
+    return isinstance(exc, torch.OutOfMemoryError) or "out of memory" in str(exc).lower()

@@ -115,7 +115,15 @@ def main(case: dict[str, Any]) -> None:
         told.append(key)
         passed.setdefault(key, set()).update(contract.contract()[key].positional[: len(args)], kwargs)
 
-    vendor = contract.Vendor([note])
+    class Failing(contract.Vendor):  # type: ignore[name-defined, misc]
+        """One function of the vendor's raises."""
+
+        def call(self, key: str, *args: Any, **kwargs: Any) -> Any:
+            if key == case["failing"]:
+                raise RuntimeError("EZ9999: inner error")
+            return super().call(key, *args, **kwargs)
+
+    vendor = Failing([note])
     own = shard(draw_experts(case), 0, rank, count, packed if case["way"] == "mega_moe" else lambda e: e)
     bound = Bound(routed_experts, False, LIMIT, chosen)
     compute = counting(bounds[rank] + case["planted"]) if case["exact"] else bound.on(own)
@@ -131,6 +139,8 @@ def main(case: dict[str, Any]) -> None:
         vendor, case["family"], torch.device("cpu"), Exchange(link, rank, bounds), ranks, config,
         EngineConfig(chosen), chosen=plan, name=lambda group, rank: "group", buffer=lambda *sizes: buffer,
     )  # fmt: skip
+    tried = [*told]
+    told.clear()
     u, ids, weights = tokens = draw_tokens(case, chosen)
     mine = slice(None) if rank == 0 else slice(0, 0)
     for _ in range(2):
@@ -146,6 +156,7 @@ def main(case: dict[str, Any]) -> None:
             "scale": float(want.abs().max()) if len(u) else 1.0,
             "equal": same,
             "calls": told,
+            "tried": tried,
         }
         names = {key: sorted(found) for key, found in passed.items()}
         print(json.dumps({**result, "shape": list(y.shape), "passed": names}))

@@ -165,7 +165,7 @@ def exchanged(nursery: Nursery, folder: Path, processes: int, **changes: Any) ->
     """What the driver reports of one case."""
     case = {
         "way": "dispatch", "family": "910C", "numerics": "fast", "exact": True, "tokens": 13, "most": 4, "experts": 8,
-        "hidden": 1024, "inner": 32, "planted": 0, "weak_rank": -1, "schemas": _schemas(), **changes,
+        "hidden": 1024, "inner": 32, "planted": 0, "weak_rank": -1, "failing": "", "schemas": _schemas(), **changes,
     }  # fmt: skip
     assert len(case["schemas"]) == 2
     (folder / "case.json").write_text(json.dumps(case))
@@ -246,3 +246,39 @@ def test_mega_moe_is_the_op(nursery: Nursery, tmp_path: Path) -> None:
 def test_one_rank_that_cannot_decides_for_all(nursery: Nursery, tmp_path: Path) -> None:
     found = exchanged(nursery, tmp_path, 2, weak_rank=1, tokens=5)
     assert (found["equal"], found["calls"]) == (True, [])
+
+
+@pytest.mark.parametrize("failing", DISPATCH)
+def test_a_dispatch_that_fails_on_first_use_gives_way_to_our_own(
+    nursery: Nursery, tmp_path: Path, failing: str
+) -> None:
+    found = exchanged(nursery, tmp_path, 2, failing=failing, tokens=5)
+    assert (found["equal"], found["calls"]) == (True, [])
+    assert found["tried"] == DISPATCH[: DISPATCH.index(failing)]
+
+
+def test_a_mega_moe_that_fails_on_first_use_has_not_touched_the_experts(
+    nursery: Nursery, tmp_path: Path
+) -> None:
+    found = exchanged(
+        nursery,
+        tmp_path,
+        2,
+        way="mega_moe",
+        failing=MEGA,
+        exact=False,
+        experts=4,
+        inner=1024,
+        tokens=9,
+        most=2,
+    )
+    assert (found["calls"], found["tried"]) == ([], [])
+    assert found["off"] <= 2**-7 * found["scale"]
+
+
+@pytest.mark.parametrize(("way", "calls"), [("dispatch", DISPATCH), ("mega_moe", [MEGA])])
+def test_a_way_is_tried_before_it_is_taken(
+    nursery: Nursery, tmp_path: Path, way: str, calls: list[str]
+) -> None:
+    found = exchanged(nursery, tmp_path, 2, way=way, exact=False, experts=4, inner=1024, tokens=5, most=4)
+    assert found["tried"] == calls

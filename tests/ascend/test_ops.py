@@ -17,11 +17,15 @@ from v4sdk.backend import Backend, EngineConfig, Kernel, bind
 from v4sdk.numerics import EXACT, FAST, REFERENCE
 from v4sdk.ops import OPS
 from v4sdk.presets import V4_FLASH, V4_PRO
+from v4sdk.testing.arguments import clone
+from v4sdk.weight_formats import pack_int8
+from v4sdk.weights import Weight
 
 ops = importlib.import_module("v4sdk_ascend.ops")
 chip = importlib.import_module("v4sdk_ascend.chip")
 contract = importlib.import_module("v4sdk_ascend.contract")
 providers = importlib.import_module("v4sdk_ascend.providers")
+compressor = importlib.import_module("v4sdk_ascend.providers.compressor")
 BF16_ROWS = EngineConfig(FAST, "bf16")
 
 
@@ -104,6 +108,33 @@ def test_a_provider_that_has_served_may_fail() -> None:
         function(*ARGUMENTS)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("NPU out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("NPU out of memory. Tried to allocate 2.00 GiB"),
+        contract.ContractBroken("npu.npu_rms_norm is passed 4 positional"),
+    ],
+    ids=["memory", "memory-in-words", "contract"],
+)
+def test_what_no_other_provider_can_do_better_is_raised(error: Exception) -> None:
+    def full(to: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        raise error
+
+    function, choice, _ = chosen(row("transformer", full), row("stock", norm))
+    with pytest.raises(type(error), match=str(error)):
+        function(*ARGUMENTS)
+    assert choice.by == "transformer"
+
+
+def test_a_call_that_the_contract_does_not_name_is_a_fault_of_ours() -> None:
+    vendor = contract.Vendor()
+    with pytest.raises(contract.ContractBroken, match="npu.npu_nothing is called"):
+        vendor.call("npu.npu_nothing")
+    with pytest.raises(contract.ContractBroken, match="misspelt; its row of the contract names"):
+        vendor.call("npu.npu_rms_norm", misspelt=1)
+
+
 def test_a_decode_step_is_a_first_use_of_its_own() -> None:
     case = next(c for c in OPS["sparse_attn"].inputs() if c.label.startswith("swa-tiny-decode"))
     prompt = next(c for c in OPS["sparse_attn"].inputs() if c.label.startswith("swa-tiny-prefill"))
@@ -119,6 +150,59 @@ def test_a_decode_step_is_a_first_use_of_its_own() -> None:
     kernels[0].function(**prompt.make(torch.device("cpu")))
     kernels[0].function(**case.make(torch.device("cpu")))
     assert choices[0].by == "parts"
+
+
+def test_entries_are_a_first_use_of_their_own() -> None:
+    def windows_only(to: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if kwargs["entries"] is not None:
+            raise RuntimeError("no entries")
+        return kwargs["q"]
+
+    one = providers.Provider("sparse_attn", "transformer", (), providers.EVERYWHERE, windows_only)
+    kernels, choices = ops.choose(contract.Vendor(), "910B", [one])
+    assert kernels[0].unless(V4_FLASH, BF16_ROWS) is None
+    for kind, by in (("swa", "transformer"), ("csa", "parts")):
+        case = next(c for c in OPS["sparse_attn"].inputs() if c.label.startswith(f"{kind}-tiny-decode"))
+        kernels[0].function(**case.make(torch.device("cpu")))
+        assert choices[0].by == by
+
+
+def test_a_matrix_of_another_encoding_is_a_first_use_of_its_own() -> None:
+    def floats_only(to: Any, x: Tensor, weight: Weight, numerics: Any, dtype: torch.dtype) -> Tensor:
+        if weight.encoding != "float":
+            raise RuntimeError("no kernel for these dtypes")
+        return x
+
+    one = providers.Provider("linear", "stock", (), providers.EVERYWHERE, floats_only)
+    kernels, choices = ops.choose(contract.Vendor(), "910B", [one])
+    assert kernels[0].unless(V4_FLASH, BF16_ROWS) is None
+    x, matrix = torch.ones(2, 32, dtype=torch.bfloat16), torch.ones(8, 32)
+    for weight, by in ((Weight(matrix), "stock"), (Weight(*pack_int8(matrix), "int8", (1, 32)), "parts")):
+        kernels[0].function(x, weight, FAST, torch.float32)
+        assert choices[0].by == by
+
+
+def test_a_compressor_that_fails_late_leaves_the_state_to_the_next() -> None:
+    case = next(c for c in OPS["compress"].inputs() if "tiny" in c.label and "fast" in c.label)
+    given = case.make(torch.device("cpu"))
+    for name in ("wkv", "wgate"):
+        given[name] = Weight(given[name].dequantize().to(torch.bfloat16))
+    wanted = clone(given)
+    OPS["compress"](**wanted)
+
+    class TooNarrow(contract.Vendor):  # type: ignore[name-defined, misc]
+        def call(self, key: str, *args: Any, **kwargs: Any) -> Tensor:
+            # what the kernel leaves behind where it succeeds, and a result that cannot be stored
+            args[3].fill_(7.0)
+            return torch.zeros(3, 5)
+
+    one = providers.Provider("compress", "vendorpack", (), providers.EVERYWHERE, compressor.compress)
+    kernels, choices = ops.choose(TooNarrow(), "910B", [one])
+    assert kernels[0].unless(V4_FLASH, BF16_ROWS) is None
+    kernels[0].function(**given)
+    assert choices[0].by == "parts"
+    for name in OPS["compress"].mutates:
+        assert torch.equal(given[name], wanted[name]), name
 
 
 @pytest.mark.parametrize("one", ops.PROVIDERS, ids=lambda p: f"{p.op}-{p.pack}-{min(p.chips)}")

@@ -51,7 +51,6 @@ def compress(
         cos, pages.table, batch.cu_seqlens, None, pages.starts, 2 * inv_freq.shape[0], ratio,
         ape.shape[1] // norm.shape[0], eps, _INTERLEAVE, _CONTIGUOUS,
     )  # fmt: skip
-    pages.keep(state)
     if is_index:
         row = store_index(index_rounded(pooled, numerics), entries)
     else:
@@ -61,7 +60,9 @@ def compress(
         row = store_kv(pooled, entries, 2 * inv_freq.shape[0])
     table = batch.block_table[batch.seq_ids[tokens]]
     at = entry_rows(table, torch.where(done, block, -1)[:, None], entries.shape[1], entries.shape[0])[:, 0]
+    # writes come last, that of the state last of all: whoever serves after a failure finds it as it was
     entries.flatten(0, 1)[at] = row
+    pages.keep(state)
 
 
 def _closing(batch: Batch, ratio: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Rotary positions by each pack: one helper each, with one signature, for the projections that rotate.
+"""Rotary positions by each pack: a function for every one of them, all of one signature, for the projections that rotate.
 
 All rotate in float32 whatever the tensor's dtype, as the reference does: sines and cosines in BF16 would cost two decimal digits.
 """

@@ -207,8 +207,8 @@ def caught(fault: Fault, layout: inputs.Layout = CHUNK) -> tuple[str, str]:
     assert vendor.planted, "the call was not made"
     choice = next(c for c in backend.choices if c.op == fault.op)
     words = next((w.split("first use: ")[1] for w in choice.passed_over if "failed on first use" in w), "")
-    if "its row of the contract names" in words:
-        return "L0", words
+    if "its row of the contract names" in str(judged.detail):
+        return "L0", str(judged.detail)
     if words.startswith(("RuntimeError: npu::", "TypeError: npu::")) or "Expected a value of type" in words:
         return "L1", words
     if vendor.refused:
