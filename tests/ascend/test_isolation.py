@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from v4sdk.loading import bundled_folder
 
 # the last line says which modules of the vendor are loaded, and how the command ended
 RUN = """
@@ -39,18 +42,21 @@ QUESTION = ("--max-tokens", "4", "What is 3 + 4?")
     ("command", "cann"),
     [
         (("backends",), True),
+        (("doctor",), True),
         (("doctor", "--backend", "cpu"), True),
+        (("convert", "SOURCE", "TARGET", "--for", "ascend-w8a8"), True),
         (("run", "--backend", "cpu", *QUESTION), True),
         # an NPU is to be seen, and still it is not what runs unasked
         (("run", *QUESTION), True),
         (("run", "--backend", "cpu", *QUESTION), False),
     ],
-    ids=["backends", "doctor", "run", "run-unasked", "run-without-cann"],
+    ids=["backends", "doctor", "doctor-cpu", "convert", "run", "run-unasked", "run-without-cann"],
 )
 def test_commands_for_other_backends_leave_it_alone(
-    stand_in: Any, command: tuple[str, ...], cann: bool
+    stand_in: Any, tmp_path: Path, command: tuple[str, ...], cann: bool
 ) -> None:
-    ran = run(stand_in, RUN, *command, cann=cann)
+    places = {"SOURCE": str(bundled_folder()), "TARGET": str(tmp_path / "converted")}
+    ran = run(stand_in, RUN, *(places.get(word, word) for word in command), cann=cann)
     assert ran.stdout.splitlines()[-1:] == ["loaded: [] status: 0"], ran.stdout[-2000:] + ran.stderr[-4000:]
 
 

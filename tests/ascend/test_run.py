@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -124,3 +125,29 @@ def test_the_launcher_runs_a_command_as_a_chip(stand_in: StandIn) -> None:
 def test_the_launcher_knows_its_chips(capsys: pytest.CaptureFixture[str]) -> None:
     assert launcher.main(["--soc", "Ascend310", "--", "true"]) == 1
     assert "SoC `Ascend310` is unknown, expected one of Ascend910B1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "said"), [("nosuchcmd", "No such file or directory"), ("/tmp", "Permission denied")]
+)
+def test_a_command_that_cannot_be_run_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, said: str
+) -> None:
+    monkeypatch.setattr(launcher, "variables", lambda soc, base: dict(os.environ))
+    assert launcher.main(["--", command]) == 1
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error == f"error: `{command}` cannot be run: {said}"
+    assert hint.startswith("hint: after -- comes a command")
+
+
+def test_a_folder_that_cannot_keep_wheels_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    into = tmp_path / "file" / "wheels"
+    monkeypatch.setenv("V4SDK_ASCEND_WHEELS", str(into))
+    monkeypatch.setattr(launcher.wheels, "cannot_load", lambda table: None)
+    assert launcher.main(["--", "true"]) == 1
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error == f"error: wheels cannot be kept in {into}: Not a directory"
+    assert hint == "hint: V4SDK_ASCEND_WHEELS names another folder"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -207,6 +208,12 @@ def test_transcribed_rows_fit_the_schema_they_quote(schemas: Any) -> None:
         keyword = call.arguments("950")[len(call.positional) :]
         assert not schema.misfit(call.positional, keyword), call.key
         assert schema.misfit(call.positional, (*keyword, "misspelt")), call.key
+
+
+def test_every_document_is_named_with_its_commit_or_said_to_be_unpinned() -> None:
+    for call in contract().values():
+        for part in filter(None, call.document.split("; ")):
+            assert re.search(r"\b[0-9a-f]{12}\b|\(unpinned: .+\)$", part), f"{call.key}: {part}"
 
 
 def test_counts(tables: tuple[Any, ...], say: Callable[[str], None]) -> None:

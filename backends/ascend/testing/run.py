@@ -63,7 +63,12 @@ def main(arguments: list[str] | None = None) -> int:
     except V4Error as error:
         print(f"error: {error}\nhint: {error.hint}", file=sys.stderr)
         return 1
-    return subprocess.run(command, env=environment, check=False).returncode
+    try:
+        return subprocess.run(command, env=environment, check=False).returncode
+    except OSError as error:
+        print(f"error: `{command[0]}` cannot be run: {error.strerror}", file=sys.stderr)
+        print("hint: after -- comes a command, as in -- v4sdk doctor --backend ascend", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -104,12 +106,13 @@ def unpack(table: Table, into: Path) -> Path:
     """
     # the hash in the name: what lies there was made from that file and no other
     folder = into / f"{table.distribution}-{table.version}-{table.sha256[:12]}"
-    if not folder.exists():
-        file = fetch(table, into)
-        scratch = Path(tempfile.mkdtemp(dir=into))
-        with zipfile.ZipFile(file) as archive:
-            archive.extractall(scratch)
-        _settle(scratch, folder)
+    with _kept(into):
+        if not folder.exists():
+            file = fetch(table, into)
+            scratch = Path(tempfile.mkdtemp(dir=into))
+            with zipfile.ZipFile(file) as archive:
+                archive.extractall(scratch)
+            _settle(scratch, folder)
     return folder
 
 
@@ -122,15 +125,27 @@ def stand_in(table: Table, into: Path) -> Path:
     wheel = unpack(table, into)
     made_by = hashlib.sha256(Path(stub.__file__).read_bytes() + version("torch").encode()).hexdigest()
     folder = into / f"stand-in-{table.sha256[:12]}-{made_by[:12]}"
-    if not folder.exists():
-        scratch = Path(tempfile.mkdtemp(dir=into))
-        try:
-            stub.build(wheel, scratch)
-        except stub.StubError:
-            shutil.rmtree(scratch)
-            raise
-        _settle(scratch, folder)
+    with _kept(into):
+        if not folder.exists():
+            scratch = Path(tempfile.mkdtemp(dir=into))
+            try:
+                stub.build(wheel, scratch)
+            except stub.StubError:
+                shutil.rmtree(scratch)
+                raise
+            _settle(scratch, folder)
     return folder
+
+
+@contextmanager
+def _kept(into: Path) -> Iterator[None]:
+    """Say in a line why nothing can be kept in a folder."""
+    try:
+        yield
+    except OSError as error:
+        raise WheelError(
+            f"wheels cannot be kept in {into}: {error.strerror}", hint=f"{FOLDER} names another folder"
+        ) from error
 
 
 def _settle(made: Path, folder: Path) -> None:
