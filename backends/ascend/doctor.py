@@ -11,9 +11,9 @@ from v4sdk.ops import OPS
 from . import results, roofline
 from .chip import FAMILIES
 from .contract import contract
-from .ep import environment
+from .ep import balance, environment
 from .ops import Choice
-from .probe import RUNTIME, TOOLKIT_VARIABLE, VISIBLE_VARIABLE, Device, Machine
+from .probe import EMULATED_RUN, RUNTIME, TOOLKIT_VARIABLE, VISIBLE_VARIABLE, Device, Machine
 from .providers import Provider
 from .verdict import verdict
 from .versions import NEWEST_CANN, cann_of, fits_cann, pair_for
@@ -44,7 +44,7 @@ def machine_rows(m: Machine) -> Sequence[DoctorRow]:
     rows = [
         DoctorRow(
             "torch_npu", f"{npu_version} beside torch {m.torch}" if npu_version else "not installed",
-            ok=npu_version is not None, hint=None if npu_version else pair_for(m.cann, m.torch),
+            ok=npu_version is not None, hint=None if npu_version else EMULATED_RUN if m.emulates else pair_for(m.cann, m.torch),
         ),
         DoctorRow(
             "CANN", found, ok=m.toolkit is not None or m.is_stand_in,
@@ -161,9 +161,12 @@ def op_rows(
 
 
 def planned_rows(providers: Sequence[Provider], evidence: Evidence) -> Sequence[DoctorRow]:
-    """Who would serve which op, by the table alone: nothing was asked of a vendor's library."""
+    """Who would serve which op, by the table alone: nothing was asked of a vendor's library.
+
+    Providers that decline every model are left out.
+    """
     by_op: dict[str, list[str]] = {}
-    for one in providers:
+    for one in (p for p in providers if not p.is_declined):
         calls = [contract()[key] for key in one.calls]
         since = ", ".join(dict.fromkeys(f"{call.since} ({call.source})" for call in calls))
         chips = "/".join(f for f in FAMILIES if f in one.chips)
@@ -197,4 +200,9 @@ def roofline_rows(npu: Device) -> Sequence[DoctorRow]:
     profile = roofline.profile_of(npu.chip.name) if npu.chip else None
     if profile is None:
         return ()
-    return [DoctorRow(f"roofline ({roofline.LABEL})", line, ok=True) for line in roofline.lines(profile)]
+    rows = [DoctorRow(f"roofline ({roofline.LABEL})", line, ok=True) for line in roofline.lines(profile)]
+    for what, ratio, hides in balance():
+        if what.startswith(f"{profile.name},"):
+            models = ", ".join(f"{model} {'hides' if said else 'does not'}" for model, said in hides.items())
+            rows.append(DoctorRow("expert exchange", f"{what}: {ratio:.0f} FLOP per byte: {models}", ok=True))
+    return rows

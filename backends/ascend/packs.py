@@ -52,7 +52,8 @@ def _transformer() -> str | None:
         # importing registers its functions; each is compiled when it is first called
         with redirect_stdout(sys.stderr):
             importlib.import_module(f"{TRANSFORMER}.ops")
-    except Exception as exc:  # a pack for another CANN fails in any way it likes, and is then passed over
+    except Exception as exc:
+        # a pack for another CANN fails in any way it likes, and is then passed over
         return why(exc)
     return None
 
@@ -64,9 +65,8 @@ def _vendorpack(root: Path) -> str | None:
         return f"{root} has no {_LIBRARY}"
     try:
         torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
-    except (
-        Exception
-    ) as exc:  # it was built for one torch and one CANN; torch names the file, and its cause what is missing
+    except Exception as exc:
+        # it was built for one torch and one CANN; torch names the file, and its cause what is missing
         return why(exc.__cause__ or exc)
     return None
 

@@ -1,4 +1,4 @@
-"""Which dtypes each family of chips runs on, as data: matrices by name, cache rows, index keys; and what int4 products need.
+"""Which dtypes each family of chips runs on, as data: matrices by name, cache rows; and what int4 products need.
 
 910B and 910C multiply BF16 and integers only, so FP8 and FP4 checkpoints are converted for them. 950 takes them as released.
 """
@@ -36,21 +36,18 @@ class Policy:
     Attributes:
         encodings: of matrices that its products read; a checkpoint with others is refused, with `layouts` as the way out.
         layouts: names for `v4sdk convert --for`, the default first; empty where the released checkpoint is read as it is.
-        kv_format: of cache rows. index_cache: how providers keep index keys beside it.
+        kv_format: of cache rows.
         activations: what the input of a quantised matrix is rounded to, for each token.
     """
 
     encodings: frozenset[Encoding]
     layouts: tuple[str, ...]
     kv_format: KVFormat
-    index_cache: Literal["int8 + float16 scale", "fp8 + float32 scale"]
     activations: Literal["int8", "fp8"]
 
 
-_INTEGER = Policy(
-    frozenset(("float", "int8", "int4")), (W8A8.name, W4A8.name), "bf16", "int8 + float16 scale", "int8"
-)
-_NATIVE = Policy(frozenset(("float", "fp8", "fp4")), (), "native", "fp8 + float32 scale", "fp8")
+_INTEGER = Policy(frozenset(("float", "int8", "int4")), (W8A8.name, W4A8.name), "bf16", "int8")
+_NATIVE = Policy(frozenset(("float", "fp8", "fp4")), (), "native", "fp8")
 POLICIES: Mapping[Family, Policy] = {"910B": _INTEGER, "910C": _INTEGER, "950": _NATIVE}
 
 
@@ -85,6 +82,8 @@ def offline_bias(weight: Weight) -> Tensor:
     The product takes an int8 input a as two int4 halves, a = 16 h + (l - 8) + 8 with h = floor(a / 16) and l = a mod 16: the
     low half is shifted by 8 to be signed. What the shift takes away, 8 * sum over the row, depends on the weight alone.
 
+    No provider calls it: int4 experts run the reference. It is kept, with its test, for the adapter of that product.
+
     Shapes:
         weight [.., out, in] int4 -> [.., out] float32
     Raises:
@@ -101,6 +100,8 @@ def offline_bias(weight: Weight) -> Tensor:
 
 def int8_halves(x: Tensor) -> tuple[Tensor, Tensor]:
     """Split int8 numbers into the signed int4 halves of that product: x = 16 * high + low + 8.
+
+    The product does this itself; here it is what `offline_bias` is proven against.
 
     Shapes:
         x [...] int8 -> high, low [...] int8, both -8..7

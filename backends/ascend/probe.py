@@ -28,6 +28,8 @@ VISIBLE_VARIABLE = "ASCEND_RT_VISIBLE_DEVICES"
 EMULATE_VARIABLE = "V4SDK_ASCEND_EMULATE"
 # set for the link-time stand-in of `testing`, whose libraries no NPU stands behind
 STAND_IN_VARIABLE = "V4SDK_ASCEND_STUB_SOC"
+# runs a command with both, and with the vendor's wheel
+EMULATED_RUN = "python -m v4sdk_ascend.testing.run --soc Ascend910B3 -- v4sdk ..."
 RUNTIME = "libascendcl.so"
 # distributions that bring functions, or that a user may think of; only their metadata is read
 PACKS: Mapping[str, str] = {

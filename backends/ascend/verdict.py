@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .chip import BOARDS
-from .probe import EMULATE_VARIABLE, STAND_IN_VARIABLE, Device, Machine
+from .probe import EMULATE_VARIABLE, EMULATED_RUN, STAND_IN_VARIABLE, Device, Machine
 from .versions import NEWEST_CANN, cann_of, cpu_build, fits_torch, pair_for, torch_release
 
 
@@ -29,11 +29,17 @@ def refusal(machine: Machine) -> Refusal | None:
 def _without_package(m: Machine) -> Refusal | None:
     if m.has_package:
         return None
+    if m.emulates:
+        return Refusal(
+            f"{EMULATE_VARIABLE} is set, and torch_npu, whose dispatcher takes the calls, is not installed",
+            f"in a checkout, {EMULATED_RUN} brings it for one command",
+        )
     install = pair_for(m.cann, m.torch)
     if m.toolkit is None and m.missing is not None:
         return Refusal(
             "neither CANN nor torch_npu is installed",
-            f"install the NPU's driver and CANN {NEWEST_CANN}, source its set_env.sh, then {install}; or --backend auto",
+            "--backend auto takes another; or install the NPU's driver and "
+            f"CANN {NEWEST_CANN}, source its set_env.sh, then {install}",
         )
     what = f"CANN {m.cann}" if m.cann else "CANN"
     return Refusal(f"{what} is here, but torch_npu is not installed", install)
@@ -62,6 +68,11 @@ def _without_runtime(m: Machine) -> Refusal | None:
         return Refusal(
             f"CANN in {m.toolkit} cannot be loaded: {m.missing}",
             f"source {m.toolkit}/set_env.sh, or set_env.sh beside it",
+        )
+    if m.emulates:
+        return Refusal(
+            f"{EMULATE_VARIABLE} is set, and torch_npu finds no CANN to start with: {m.missing}",
+            f"in a checkout, {EMULATED_RUN} stands in for it",
         )
     paired = cann_of(m.torch_npu or "")
     what = f"CANN {paired}, which torch_npu {m.torch_npu} was released for" if paired else "CANN"

@@ -43,17 +43,20 @@ def fits_cann(torch_npu: str, cann: str) -> bool | None:
 
 
 def pair_for(cann: str | None, torch: str) -> str:
-    """The command that installs a pair: for the CANN at hand, and the torch at hand where the table has one for both."""
+    """The command that installs a pair: for the CANN at hand, and the torch at hand where the table has one for both.
+
+    It ends with the command, so that what is copied from there on can be pasted.
+    """
     versions = next(
         (v for known, v in PAIRS.items() if cann and _line(known) == _line(cann)), PAIRS[NEWEST_CANN]
     )
     chosen = next((v for v in versions if fits_torch(v, torch)), versions[0])
-    return f"pip install torch=={torch_release(chosen)} torch-npu=={chosen}, torch as its CPU build (pytorch.org)"
+    return f"with torch's CPU build, pip install torch=={torch_release(chosen)} torch-npu=={chosen}"
 
 
 def cpu_build(torch: str) -> str:
     """How to get torch without another vendor's device, beside which torch_npu does not load."""
-    return f"install the CPU build of torch {torch} (pytorch.org has the line for pip)"
+    return f"install the CPU build of torch {torch}, whose line torch's own selector gives"
 
 
 def _release(version: str) -> str:

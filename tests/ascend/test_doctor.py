@@ -71,6 +71,19 @@ def test_a_bare_machine_still_shows_the_table_of_who_would_serve() -> None:
     assert planned["evidence"].finding.startswith("schema")
     assert planned["sparse_attn"].finding.startswith("cann_ops_transformer on 910B/910C/950")
     assert {p.op for p in PROVIDERS} == planned.keys() - {"evidence"}
+    assert planned["index_topk"].finding.startswith("torch_npu on"), "quantised indexers decline every model"
+    assert "cann_ops_transformer" not in planned["compress"].finding
+
+
+@pytest.mark.parametrize("one", [p for p in PROVIDERS if p.is_declined], ids=lambda p: f"{p.op}-{p.pack}")
+def test_a_provider_that_declines_every_model_has_no_adapter(one: Any) -> None:
+    with pytest.raises(NotImplementedError, match=f"no adapter for `{one.op}`"):
+        one.function(None)
+
+
+def test_the_way_out_of_emulation_without_a_wheel_is_the_command_that_brings_it() -> None:
+    rows = by_subject(doctor.machine_rows(replace(GOOD, **BARE, emulates=True)))
+    assert rows["torch_npu"].hint == probe.EMULATED_RUN
 
 
 def test_a_pair_that_the_table_does_not_know_is_said_and_one_that_differs_warns() -> None:
@@ -121,7 +134,10 @@ def test_a_device_test_of_one_provider_says_nothing_of_another(by: str) -> None:
 def test_roofline_rows_say_what_they_are() -> None:
     rows = doctor.roofline_rows(DEVICE)
     assert rows
-    assert all(row.subject == "roofline (model, not measurement)" for row in rows)
+    assert all("model, not measurement" in row.subject + row.finding for row in rows)
+    # by each link: within a machine, and the one between machines
+    links = [row.finding for row in rows if row.subject == "expert exchange"]
+    assert [re.findall(r"(\d+) GB/s", line) for line in links] == [["196"], ["25"]]
     assert doctor.roofline_rows(replace(DEVICE, chip=None)) == ()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,13 +17,15 @@ import torch
 from ascend.conftest import SOCS, StandIn
 
 from v4sdk import plugins
-from v4sdk.errors import BackendUnavailable
+from v4sdk.errors import BackendUnavailable, CheckpointError
+from v4sdk.weights import ExpertWeights, Weight
 
 probe = importlib.import_module("v4sdk_ascend.probe")
 verdicts = importlib.import_module("v4sdk_ascend.verdict")
 versions = importlib.import_module("v4sdk_ascend.versions")
 stub = importlib.import_module("v4sdk_ascend.testing.stub")
-AscendBackend = importlib.import_module("v4sdk_ascend.backend").AscendBackend
+backends = importlib.import_module("v4sdk_ascend.backend")
+AscendBackend = backends.AscendBackend
 
 # everything in place: torch_npu for this torch, CANN, a driver and two NPUs
 GOOD = probe.Machine(
@@ -30,7 +33,7 @@ GOOD = probe.Machine(
     missing=None, nodes=("davinci0", "davinci1"), accelerator=None, is_stand_in=False, emulates=False,
 )  # fmt: skip
 # torch without another vendor's device, beside which torch_npu does not load
-PAIR = "pip install torch=={} torch-npu=={}, torch as its CPU build (pytorch.org)"
+PAIR = "with torch's CPU build, pip install torch=={} torch-npu=={}"
 BARE: dict[str, Any] = {
     "torch_npu": None, "has_package": False, "toolkit": None, "cann": None, "missing": "libascendcl.so is not found"
 }  # fmt: skip
@@ -61,10 +64,20 @@ def test_a_machine_with_everything_is_not_refused() -> None:
             {"missing": "libruntime.so is not found"}, "CANN in /opt/cann cannot be loaded: libruntime.so is not found",
             "source /opt/cann/set_env.sh",
         ),
+        (
+            {**BARE, "emulates": True}, "V4SDK_ASCEND_EMULATE is set, and torch_npu, whose dispatcher takes the calls, is not",
+            "python -m v4sdk_ascend.testing.run",
+        ),
+        (
+            {"toolkit": None, "missing": "libascendcl.so is not found", "emulates": True},
+            "V4SDK_ASCEND_EMULATE is set, and torch_npu finds no CANN", "python -m v4sdk_ascend.testing.run",
+        ),
         ({"is_stand_in": True}, "CANN is a link-time stand-in here", "V4SDK_ASCEND_EMULATE=1"),
         ({"nodes": ()}, "there is no /dev/davinci*", "npu-smi info"),
     ],
-    ids=["bare", "cann-alone", "torch", "accelerator", "npu-alone", "library", "stand-in", "nodes"],
+    ids=[
+        "bare", "cann-alone", "torch", "accelerator", "npu-alone", "library", "emulated", "emulated-npu", "stand-in", "nodes",
+    ],
 )  # fmt: skip
 def test_every_refusal_says_what_and_the_way_out(change: dict[str, Any], reason: str, hint: str) -> None:
     found = verdicts.refusal(replace(GOOD, **change))
@@ -237,6 +250,26 @@ def test_listing_does_not_load_torch_npu(monkeypatch: pytest.MonkeyPatch) -> Non
     assert next(s for s in plugins.statuses() if s.name == "ascend").state == "available"
 
 
+def test_experts_are_checked_where_they_lie_all_three_matrices_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backend = AscendBackend()
+    monkeypatch.setattr(backend, "_npu", SimpleNamespace(family="910B", index=0))
+    monkeypatch.setattr(backends.layout, "experts", lambda experts, device: experts)
+    monkeypatch.setattr(Weight, "to", lambda self, device: pytest.fail("a matrix was copied to be looked at"))
+    backend.machine = replace(GOOD, emulates=True)
+    kept = Weight(torch.zeros(2, 4, dtype=torch.bfloat16))
+    backend.prepare_experts("experts", ExpertWeights((kept,), (kept,), (kept,)))
+    strange = Weight(torch.zeros(2, 4).to(torch.float8_e4m3fn), torch.zeros(1, 1), "fp8", (128, 128))
+    for wrong in (
+        ExpertWeights((kept,), (kept,), (strange,)),
+        ExpertWeights((kept, strange), (kept, kept), (kept, kept)),
+        ExpertWeights(packed=(kept, kept, strange)),
+    ):
+        with pytest.raises(CheckpointError, match="`experts` is fp8, of which 910B has no products"):
+            backend.prepare_experts("experts", wrong)
+
+
 def test_a_chosen_backend_is_opened_and_a_failure_has_its_own_hint(monkeypatch: pytest.MonkeyPatch) -> None:
     def failing() -> None:
         raise BackendUnavailable(
@@ -297,8 +330,10 @@ def test_a_run_on_a_machine_without_anything_ends_in_two_lines() -> None:
     error, hint = ended.stderr.splitlines()
     assert error == "error: backend `ascend` cannot be used here: neither CANN nor torch_npu is installed"
     assert hint.startswith(
-        "hint: install the NPU's driver and CANN 9.1.0, source its set_env.sh, then pip install torch=="
+        "hint: --backend auto takes another; or install the NPU's driver and CANN 9.1.0, source its set_env.sh, then with"
     )
+    # what stands behind the command would be read by pip
+    assert re.search(r"pip install torch==[\w.]+ torch-npu==[\w.]+$", hint)
 
 
 def test_a_run_with_the_wheel_and_without_cann_names_the_library(stand_in: StandIn) -> None:

@@ -1,5 +1,7 @@
 """What calls the kernels: functions with the signatures of the steps they stand for. No value is read on the host, so a decode
 step that calls them can be recorded.
+
+One is a provider, `hc_pre`. `rope`, `rotate` and `swiglu_quant` are proven and compiled, and no provider calls them yet.
 """
 
 from __future__ import annotations
@@ -146,7 +148,7 @@ def _unless(config: ModelConfig, engine: EngineConfig, family: Family) -> str | 
     return unavailable()
 
 
-# tried after every pack and before parts; `rope`, `rotate` and `swiglu_quant` are steps inside ops, for providers to call
+# tried after every pack and before parts; the others are steps inside ops, which today run on torch or a pack
 PROVIDERS: tuple[Provider, ...] = tuple(
     Provider("hc_pre", "kernels", (), frozenset({family}), partial(hc_pre, family), _unless)
     for family in FAMILIES

@@ -6,16 +6,18 @@ smaller ops; the table in `ops` binds that one, so any of them can be handed to 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from v4sdk.backend import EngineConfig
 from v4sdk.config import ModelConfig
+from v4sdk.ops import OPS
 from v4sdk.ops.op import OpTable
 
 from ..chip import FAMILIES, Family
-from ..contract import Pack, Vendor
+from ..contract import Pack, Vendor, contract
 
 EVERYWHERE: frozenset[Family] = frozenset(FAMILIES)
 A2_A3: frozenset[Family] = frozenset(("910B", "910C"))
@@ -82,3 +84,20 @@ class Provider:
     chips: frozenset[Family]
     function: Callable[..., Any]
     unless: Predicate = always
+
+    @property
+    def is_declined(self) -> bool:
+        """Whether it is named only to be passed over, with a reason: there is no adapter of its calls."""
+        return any(contract()[key].use == "declined" for key in self.calls)
+
+
+def no_adapter(op: str) -> Callable[..., Any]:
+    """The function of a declined provider, with its op's signature: a call that got past `unless` must not pass for another."""
+
+    def function(to: Calls, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"there is no adapter for `{op}` of a provider that declines every model")
+
+    first = inspect.Parameter("to", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    known = OPS[op].signature
+    function.__signature__ = known.replace(parameters=[first, *known.parameters.values()])  # type: ignore[attr-defined]
+    return function

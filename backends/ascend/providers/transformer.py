@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from . import A2_A3, EVERYWHERE, Provider, compressor, indexer, narrow, projection, rotary, window
+from . import A2_A3, EVERYWHERE, Provider, compressor, indexer, narrow, no_adapter, projection, rotary, window
 from . import streams as hc
 
 _AT = "cann_ops_transformer."
@@ -21,8 +21,8 @@ PROVIDERS: tuple[Provider, ...] = (
     ),
     Provider("index_query", "transformer", (_ROPE,), EVERYWHERE, partial(projection.index_query, rotary.transformer), narrow),
     Provider("grouped_out", "transformer", (_ROPE,), EVERYWHERE, partial(projection.grouped_out, rotary.transformer), narrow),
-    Provider("compress", "transformer", (f"{_AT}_compressor_forward",), EVERYWHERE, compressor.compress, compressor.private),
-    Provider("index_topk", "transformer", _INDEXER, EVERYWHERE, indexer.index_topk, indexer.quantised),
+    Provider("compress", "transformer", (f"{_AT}_compressor_forward",), EVERYWHERE, no_adapter("compress"), compressor.private),
+    Provider("index_topk", "transformer", _INDEXER, EVERYWHERE, no_adapter("index_topk"), indexer.quantised),
     Provider(
         "sparse_attn", "transformer", _ATTENTION, EVERYWHERE, partial(window.sparse_attn, window.transformer),
         window.transformer_unless,

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from functools import partial
 
-from . import A2_A3, EVERYWHERE, Provider, compressor, gate, indexer, narrow, projection, rotary, window
+from . import (
+    A2_A3,
+    EVERYWHERE,
+    Provider,
+    compressor,
+    gate,
+    indexer,
+    narrow,
+    no_adapter,
+    projection,
+    rotary,
+    window,
+)
 from . import streams as hc
 
 _AT = "_C_ascend."
@@ -23,7 +35,7 @@ PROVIDERS: tuple[Provider, ...] = (
     Provider("index_query", "vendorpack", (_ROPE,), EVERYWHERE, partial(projection.index_query, rotary.vendorpack), narrow),
     Provider("grouped_out", "vendorpack", (_ROPE,), EVERYWHERE, partial(projection.grouped_out, rotary.vendorpack), narrow),
     Provider("compress", "vendorpack", (f"{_AT}compressor",), A2_A3, compressor.compress, compressor.unless),
-    Provider("index_topk", "vendorpack", _INDEXER, A2_A3, indexer.index_topk, indexer.quantised),
+    Provider("index_topk", "vendorpack", _INDEXER, A2_A3, no_adapter("index_topk"), indexer.quantised),
     Provider(
         "sparse_attn", "vendorpack", _ATTENTION, A2_A3, partial(window.sparse_attn, window.vendorpack),
         window.vendorpack_unless,
