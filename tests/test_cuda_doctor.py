@@ -28,6 +28,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: about.available)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: about.capability)
     monkeypatch.setattr(doctor, "driver_version", lambda: about.driver)
+    monkeypatch.setattr(doctor, "c_compiler", lambda: "/usr/bin/gcc")
     return about
 
 
@@ -42,6 +43,21 @@ def test_no_driver(gpu: SimpleNamespace) -> None:
     row = next(row for row in doctor.machine_rows("x") if row.subject == "driver")
     assert not row.ok
     assert "container" in (row.hint or "")
+
+
+def test_no_c_compiler(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "c_compiler", lambda: None)
+    monkeypatch.delenv("CC", raising=False)
+    row = next(row for row in doctor.machine_rows(None) if row.subject == "C compiler")
+    assert not row.ok
+    assert "install gcc or clang" in (row.hint or "")
+    monkeypatch.setenv("CC", "mine")
+    assert doctor.compiler_row().finding == "CC is `mine`, which is no program"
+
+
+def test_an_interpreted_run_needs_no_c_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "C compiler" not in [row.subject for row in doctor.machine_rows(None)]
 
 
 def test_a_driver_that_is_too_old(gpu: SimpleNamespace) -> None:

@@ -14,8 +14,10 @@ from torch import Tensor
 from vendor_libraries import flash_mla_sparse_fwd, install
 
 from v4sdk import ops as o
-from v4sdk.backend import kernel
+from v4sdk.backend import EngineConfig, bind, kernel
+from v4sdk.config import ModelConfig
 from v4sdk.errors import V4Error
+from v4sdk.loading import bundled_folder
 from v4sdk.ops import OPS
 
 tiers = importlib.import_module("v4sdk_cuda.tiers")
@@ -124,6 +126,68 @@ def test_an_override_that_means_nothing_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv(tiers.TIERS_VARIABLE, words)
     with pytest.raises(V4Error, match="expected OP=TIER"):
         tiers.wanted()
+
+
+def test_a_vendor_is_refused_for_an_op_that_no_library_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(tiers.TIERS_VARIABLE, "rms_norm=vendor")
+    with pytest.raises(
+        V4Error, match="no vendor's library has a function for `rms_norm`, expected one of sparse_attn"
+    ) as caught:
+        tiers.choose(launch(), rows())
+    assert "rms_norm=triton" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("words", ["sparse_attn=vendor", "all=vendor"])
+def test_a_vendor_that_was_asked_for_and_does_not_serve_stands_in_the_way(
+    monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    monkeypatch.setenv(tiers.TIERS_VARIABLE, words)
+    choices = tiers.choose(launch(), rows())[1]
+    assert of(choices, "rms_norm").asked is None
+    told = importlib.import_module("v4sdk_cuda.doctor").tier_rows(choices, launch().target)
+    bad = [row for row in told if not row.ok]
+    assert [row.subject for row in bad] == ["sparse_attn not by"]
+    assert "not installed" in bad[0].finding
+    assert "sparse_attn=vendor" in (bad[0].hint or "")
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """One of a GPU, whose own kernels are the references."""
+    module, here = importlib.import_module("v4sdk_cuda.backend"), launch()
+    monkeypatch.setattr(module, "table", lambda launch: rows())
+    monkeypatch.setattr(module, "triton_problem", lambda: None)
+    made = module.CudaBackend()
+    vars(made).update(launch=here, target=here.target)
+    return made
+
+
+@pytest.mark.usefixtures("library")
+def test_a_library_is_tried_once_however_often_a_model_is_bound(
+    backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe, tried = importlib.import_module("v4sdk_cuda.probe"), []
+
+    def difference(op: Any, *rest: Any) -> None:
+        tried.append(op.name)
+
+    monkeypatch.setattr(probe, "difference", difference)
+    config = ModelConfig.from_folder(bundled_folder())
+    for _ in range(2):
+        bind(backend, config, EngineConfig())
+    assert tried == ["sparse_attn"]
+
+
+def test_ours_is_there_to_be_compared_with_the_library_that_serves(backend: Any, library: ModuleType) -> None:
+    assert list(backend.variants("sparse_attn")) == ["ours"]
+    assert backend.declined("sparse_attn") == []
+    assert list(backend.variants("rms_norm")) == []
+    assert list(backend.declined("rms_norm")) == []
+
+
+def test_what_does_not_serve_has_a_reason_and_nothing_to_be_compared(backend: Any) -> None:
+    assert list(backend.variants("sparse_attn")) == []
+    assert "not installed" in backend.declined("sparse_attn")[0]
 
 
 @pytest.mark.usefixtures("library")

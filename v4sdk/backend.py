@@ -311,7 +311,11 @@ class Backend(ABC):
         return tensor.to(self.device)
 
     def record(self, step: Callable[[], None]) -> Callable[[], None]:
-        """Give a function that replays a decode step from fixed buffers (optional; default: the step itself)."""
+        """Give a function that replays a decode step from fixed buffers (optional; default: the step itself).
+
+        What it gives may have an attribute `reason`: why, after its second call, it still runs the step itself; None where it
+        replays. Nothing else tells the two apart, so benchmarks ask for it.
+        """
         return step
 
     def close(self) -> None:  # noqa: B027 - optional by contract, most have nothing of their own
@@ -326,8 +330,15 @@ class Backend(ABC):
         return nullcontext()
 
     def variants(self, op: str) -> Mapping[str, Callable[..., Any]]:
-        """Other ways to compute an op here, by name, for benchmarks that compare (optional; same signature as the op)."""
+        """Other ways to compute an op here, by name, for benchmarks that compare (optional; same signature as the op).
+
+        `ours` is the backend's own kernel of an op whose kernel is the library of somebody else.
+        """
         return {}
+
+    def declined(self, op: str) -> Sequence[str]:
+        """Libraries of others that have a function for an op and do not serve it here, each with the reason (optional)."""
+        return ()
 
     def launches(self, step: Callable[[], object]) -> Mapping[str, int] | None:
         """Run a step and count the device's kernels it starts, by name (optional; None: unknown)."""

@@ -22,7 +22,7 @@ from .doctor import INSTALL_TRITON, chip_row, machine_rows, tier_rows, triton_pr
 from .graph import RecordedStep
 from .identity import identity, profiled
 from .launch import Launch
-from .tiers import Choice, choose
+from .tiers import PROVIDERS, Choice, choose
 
 log = logging.getLogger("v4sdk")
 
@@ -43,10 +43,6 @@ class CudaBackend(Backend):
     # below the CPU until its kernels were measured on a device: `auto` must not choose it before
     priority = -1
     software = ("triton",)
-
-    def __init__(self) -> None:
-        # who serves which op, once the table was asked for
-        self.choices: tuple[Choice, ...] = ()
 
     @property
     def evidence(self) -> Evidence:  # type: ignore[override]
@@ -103,8 +99,17 @@ class CudaBackend(Backend):
         if triton_problem() is not None:
             log.warning("%s: every op runs its reference; %s", triton_problem(), INSTALL_TRITON)
             return ()
-        rows, self.choices = choose(self.launch, table(self.launch))
+        rows = self._chosen[0]
         return checked(rows) if is_debugging() else rows
+
+    @cached_property
+    def _ours(self) -> Sequence[Kernel[Any, Any]]:
+        return table(self.launch)
+
+    @cached_property
+    def _chosen(self) -> tuple[Sequence[Kernel[Any, Any]], tuple[Choice, ...]]:
+        # libraries are loaded and tried for it, so once, however many models are bound
+        return choose(self.launch, self._ours)
 
     def prepare_experts(self, role: str, experts: ExpertWeights) -> ExpertWeights:
         """Stack the experts of one layer in the device's memory, so that a step chooses among them there."""
@@ -146,8 +151,21 @@ class CudaBackend(Backend):
             self.launch.tally = None
 
     def variants(self, op: str) -> Mapping[str, Callable[..., Any]]:
-        """`routed_experts` with a launch for every step."""
-        return variants(self.launch, op) if triton_problem() is None else {}
+        """`routed_experts` with a launch for every step; `ours` of an op that a vendor's library serves."""
+        if triton_problem() is not None:
+            return {}
+        served = any(choice.op == op and choice.tier == "vendor" for choice in self._chosen[1])
+        ours = [("ours", row.function) for row in self._ours if served and row.op.name == op]
+        return {**dict(ours), **variants(self.launch, op)}
+
+    def declined(self, op: str) -> Sequence[str]:
+        """Vendors' libraries that have a function for an op and do not serve it, each with its reason."""
+        if triton_problem() is not None:
+            return ()
+        known = {provider.op for provider in PROVIDERS}
+        return [
+            why for choice in self._chosen[1] if choice.op == op and op in known for why in choice.passed_over
+        ]
 
     def close(self) -> None:
         """Give cached memory back to the driver."""
@@ -167,8 +185,7 @@ class CudaBackend(Backend):
     def _kernel_rows(self) -> Sequence[DoctorRow]:
         if triton_problem() is not None:
             return ()
-        self.kernels()
-        return (chip_row(self.target), *tier_rows(self.choices, self.target))
+        return (chip_row(self.target), *tier_rows(self._chosen[1], self.target))
 
 
 def table(launch: Launch) -> Sequence[Kernel[Any, Any]]:

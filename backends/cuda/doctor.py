@@ -12,9 +12,10 @@ import torch
 
 from v4sdk.backend import DoctorRow
 
+from .failures import C_COMPILER_VARIABLE, INSTALL_C_COMPILER, c_compiler
 from .identity import driver_version
 from .target import CHIPS, Target, is_interpreted
-from .tiers import Choice, Tier
+from .tiers import TIERS_VARIABLE, Choice, Tier
 
 # the oldest version whose language our kernels are written in
 OLDEST_TRITON = (3, 6)
@@ -47,7 +48,7 @@ def without_gpu() -> str:
 
 
 def machine_rows(reason: str | None) -> Sequence[DoctorRow]:
-    """torch, driver, GPU and Triton.
+    """torch, Triton, driver, C compiler and GPU.
 
     Args:
         reason: why the backend cannot be used, or None.
@@ -70,9 +71,23 @@ def machine_rows(reason: str | None) -> Sequence[DoctorRow]:
                 hint=None if driver else "install NVIDIA's driver; in a container, start it with access to the GPU",
             )
         )  # fmt: skip
+        rows.append(compiler_row())
     if reason is not None:
         rows.append(DoctorRow("GPU", reason, ok=False, hint="--backend auto takes a backend that works here"))
     return rows
+
+
+def compiler_row() -> DoctorRow:
+    """The C compiler that Triton calls the first time it starts a kernel."""
+    found, given = c_compiler(), os.environ.get(C_COMPILER_VARIABLE)
+    lacking = (
+        f"{C_COMPILER_VARIABLE} is `{given}`, which is no program"
+        if given is not None
+        else "Triton finds none"
+    )
+    return DoctorRow(
+        "C compiler", found or lacking, ok=found is not None, hint=None if found else INSTALL_C_COMPILER
+    )
 
 
 def chip_row(target: Target) -> DoctorRow:
@@ -96,10 +111,13 @@ def tier_rows(choices: Sequence[Choice], target: Target) -> Sequence[DoctorRow]:
             names = [c.op for c in choices if c.tier == tier and c.by == by]
             rows.append(DoctorRow(f"{len(names)} ops by {by}", ", ".join(names), ok=True))
     for choice in choices:
+        refused = choice.asked == "vendor" and choice.tier != "vendor"
         rows += [
-            DoctorRow(f"{choice.op} not by", why, ok=True)
-            for why in choice.passed_over
-            if choice.tier != "torch"
-        ]
+            DoctorRow(
+                f"{choice.op} not by", f"{why}; {TIERS_VARIABLE} asks for it" if refused else why, ok=not refused,
+                hint=f"leave {choice.op}=vendor out of {TIERS_VARIABLE}, or do away with the reason" if refused else None,
+            )
+            for why in choice.passed_over if choice.tier != "torch"
+        ]  # fmt: skip
     rows.append(DoctorRow("evidence", target.evidence, ok=True))
     return rows

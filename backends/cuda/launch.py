@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .failures import explained
 from .target import Target
 
 # programs of one launch that may finish in several groups, each with a counter of its own
@@ -37,13 +38,22 @@ class Launch:
 
         Args:
             args: tensors, numbers or None, in the kernel's order. constants: its `tl.constexpr` parameters.
+
+        Raises:
+            KernelFailed: Triton cannot compile or start it.
         """
         if 0 in grid:
             return
         if self.tally is not None:
             self.tally[kernel.fn.__name__] += 1
         # the default of multiply-add fusion changes between versions of Triton: results must not
-        kernel[grid](*args, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+        try:
+            kernel[grid](*args, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+        except Exception as exc:
+            found = explained(kernel.fn.__name__, exc)
+            if found is None:
+                raise
+            raise found from exc
 
     def counters(self, count: int) -> Tensor:
         """Zeros that kernels leave as zeros: [count] int32, the same memory every time. See `kernels.numbers.arrive`.

@@ -43,12 +43,17 @@ class Provider:
 
 @dataclass(frozen=True)
 class Choice:
-    """Who serves an op here, and why nobody better does."""
+    """Who serves an op here, and why nobody better does.
+
+    Attributes:
+        passed_over: why others do not. asked: what the environment asks for, None where it says nothing.
+    """
 
     op: str
     tier: Tier
     by: str
     passed_over: tuple[str, ...] = ()
+    asked: Tier | None = None
 
 
 PROVIDERS: tuple[Provider, ...] = (
@@ -67,13 +72,14 @@ PROVIDERS: tuple[Provider, ...] = (
 )  # fmt: skip
 
 
-def wanted() -> Mapping[str, Tier]:
-    """What the environment asks for, by op.
+def wanted(providers: Sequence[Provider] = PROVIDERS) -> Mapping[str, Tier]:
+    """What the environment asks for, by op; `all=vendor` means every op that some library knows.
 
     Raises:
-        V4Error: an op or a tier of that name does not exist.
+        V4Error: an op or a tier of that name does not exist, or no library knows the op that is to be a vendor's.
     """
     found: dict[str, Tier] = {}
+    known = tuple(dict.fromkeys(provider.op for provider in providers))
     for word in filter(None, os.environ.get(TIERS_VARIABLE, "").replace(" ", "").split(",")):
         op, _, tier = word.partition("=")
         names = {name: name for name in get_args(Tier)}
@@ -82,25 +88,33 @@ def wanted() -> Mapping[str, Tier]:
                 f"{TIERS_VARIABLE} has `{word}`, expected OP=TIER with a tier of {', '.join(names)}",
                 hint=f"for instance {TIERS_VARIABLE}=sparse_attn=triton; ops are listed by v4sdk doctor --backend cuda",
             )
+        if tier == "vendor" and op != "all" and op not in known:
+            raise V4Error(
+                f"{TIERS_VARIABLE} has `{word}`, but no vendor's library has a function for `{op}`, "
+                f"expected one of {', '.join(known)}",
+                hint=f"leave it out: {op}=triton is what happens anyway",
+            )
         found[op] = tier  # type: ignore[assignment]
-    return {name: found.get(name, found.get("all")) for name in OPS if name in found or "all" in found}  # type: ignore[misc]
+    every = found.get("all")
+    asked = {name: found.get(name, every) for name in OPS}
+    return {name: tier for name, tier in asked.items() if tier and (tier != "vendor" or name in known)}
 
 
 def choose(
     launch: Launch, rows: Sequence[Kernel[Any, Any]], providers: Sequence[Provider] = PROVIDERS
 ) -> tuple[Sequence[Kernel[Any, Any]], tuple[Choice, ...]]:
     """Decide for every op; a library is asked only where somebody could use it."""
-    asked, kept, choices = wanted(), [], []
+    asked, kept, choices = wanted(providers), [], []
     ours = {row.op.name: row for row in rows}
     for name in OPS:
         row, tier = ours.get(name), asked.get(name)
         if tier == "torch" or row is None:
             why = f"{TIERS_VARIABLE} asks for it" if tier == "torch" else "no kernel of ours"
-            choices.append(Choice(name, "torch", "its parts or its reference", (why,)))
+            choices.append(Choice(name, "torch", "its parts or its reference", (why,), tier))
             continue
         chosen, by, passed = (row, None, []) if tier == "triton" else _vendor(launch, row, providers)
         kept.append(chosen)
-        choices.append(Choice(name, "vendor" if by else "triton", by or "Triton", tuple(passed)))
+        choices.append(Choice(name, "vendor" if by else "triton", by or "Triton", tuple(passed), tier))
     return tuple(kept), tuple(choices)
 
 
