@@ -75,6 +75,16 @@ def test_a_bare_machine_still_shows_the_table_of_who_would_serve() -> None:
     assert "cann_ops_transformer" not in planned["compress"].finding
 
 
+def test_the_readme_says_which_releases_were_read_and_which_kernel_a_run_takes(
+    tables: tuple[Any, ...],
+) -> None:
+    said = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    section = said[said.index("## The Ascend backend") : said.index("## Share the experts")]
+    assert [t.version for t in tables if t.version not in section] == []
+    assert {p.op for p in PROVIDERS if p.pack == "kernels"} == {"hc_pre"}, "and the README names no other"
+    assert "a kernel of ours\n(`hc_pre` only)" in section
+
+
 @pytest.mark.parametrize("one", [p for p in PROVIDERS if p.is_declined], ids=lambda p: f"{p.op}-{p.pack}")
 def test_a_provider_that_declines_every_model_has_no_adapter(one: Any) -> None:
     with pytest.raises(NotImplementedError, match=f"no adapter for `{one.op}`"):
