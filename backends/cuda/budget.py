@@ -17,8 +17,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from v4sdk.errors import V4Error
+
 from .backend import table
 from .compilation import Compiling, triton_version
+from .doctor import INSTALL_TRITON, triton_problem
 from .expected import SPILLS
 from .target import CHIPS, INTERPRET_VARIABLE, described
 from .variants import PLAN, WHOLE_PLAN, Row, compile_all
@@ -128,39 +131,106 @@ def distinct(rows: Sequence[Row]) -> int:
     return len({(r.arch, r.kernel, r.variant) for r in rows})
 
 
+def read(path: Path) -> dict[str, Any]:
+    """A committed file.
+
+    Raises:
+        V4Error: it cannot be read, or is not what `write` writes.
+    """
+    make = f"python -m v4sdk_cuda.budget --write {path} makes it"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise V4Error(f"{path} cannot be read: {exc.strerror}, expected a budget", hint=make) from exc
+    except ValueError as exc:
+        raise V4Error(f"{path} is not JSON: {exc}, expected a budget", hint=f"remove it; {make}") from exc
+    try:
+        wrong = [key for key, numbers in _flat(content) if list(map(type, numbers)) != [int, int]]
+        version = content["triton"]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        wrong, version = [], None
+    if wrong or not isinstance(version, str):
+        raise V4Error(
+            f"{path} is not a budget, expected `triton`, and `ops` with [registers, bytes] by kernel, variant and chip",
+            hint=f"remove it; {make}",
+        )
+    return dict(content)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(
+            f"`{text}`: expected a whole number from 1 on; the machine has {os.cpu_count()} cores"
+        )
+    return int(text)
+
+
+def _chips(text: str) -> list[int]:
+    known = ", ".join(map(str, CHIPS))
+    for word in text.split(","):
+        if not word.isdigit() or int(word) not in CHIPS:
+            raise argparse.ArgumentTypeError(
+                f"`{word}`: expected some of {known}, by comma; leave it out for all of them"
+            )
+    return [int(word) for word in text.split(",")]
+
+
+def _new_file(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a folder" if path.is_dir() else f"is in `{path.parent}`, which does not exist"
+        raise argparse.ArgumentTypeError(
+            f"`{text}` {what}, expected a file to write; make its folder first: mkdir -p {path.parent}"
+        )
+    return path
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m v4sdk_cuda.budget", description=__doc__)
     parser.add_argument(
-        "--arch", default=",".join(map(str, CHIPS)), help="chips, by comma (default: %(default)s)"
+        "--arch",
+        type=_chips,
+        default=",".join(map(str, CHIPS)),
+        help="chips, by comma (default: %(default)s)",
     )
     parser.add_argument("--op", default="", help="ops, by comma (default: all that have kernels)")
     parser.add_argument("--check", type=Path, metavar="FILE", help="compare with this file")
     parser.add_argument(
-        "--write", type=Path, metavar="FILE", help="make this file, or its part of --op and --arch"
+        "--write", type=_new_file, metavar="FILE", help="make this file, or its part of --op and --arch"
     )
     parser.add_argument(
         "--whole",
         action="store_true",
         help="other numerics and the larger model too; minutes more, held to no file",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also put what was found here")
-    parser.add_argument("--jobs", type=int, default=2, help="processes at a time (default: %(default)s)")
+    parser.add_argument("--json", type=_new_file, metavar="FILE", help="also put what was found here")
+    parser.add_argument(
+        "--jobs", type=_positive, default=2, help="processes at a time (default: %(default)s)"
+    )
     options = parser.parse_args()
-    options.arch = [int(arch) for arch in options.arch.split(",")]
+    if (problem := triton_problem()) is not None:
+        parser.error(f"{problem}; hint: {INSTALL_TRITON}")
     known = [row.op.name for row in table(Compiling(described(options.arch[0], "compiled")))]
     options.op = options.op.split(",") if options.op else known
     options.known = known
     if options.whole and (options.check or options.write):
         parser.error("--whole is held to no file: leave out --check and --write")
-    for given, possible in ((options.arch, CHIPS), (options.op, known)):
-        unknown = [str(one) for one in given if one not in possible]
-        if unknown:
-            parser.error(f"{', '.join(unknown)}: expected some of {', '.join(map(str, possible))}")
+    unknown = [f"`{name}`" for name in options.op if name not in known]
+    if unknown:
+        parser.error(
+            f"argument --op: {', '.join(unknown)}: expected some of {', '.join(known)}, by comma; leave it out for all"
+        )
+    # read now: compiling takes minutes
+    try:
+        options.committed = read(options.check) if options.check else None
+        options.before = read(options.write) if options.write and options.write.exists() else None
+    except V4Error as exc:
+        parser.error(f"{exc.message}; hint: {exc.hint}")
     return options
 
 
 def main() -> int:
-    """Compile, print the table, compare or write; 0 if nothing is wrong and nothing moved."""
+    """Compile, print the table, compare or write; 0 if nothing is wrong and nothing moved, 2 for words that mean nothing."""
     # whether kernels are compiled is settled when they are imported
     os.environ.pop(INTERPRET_VARIABLE, None)
     options, begin = _options(), time.monotonic()
@@ -169,18 +239,17 @@ def main() -> int:
     plan = WHOLE_PLAN if options.whole else PLAN
     rows, failed = compile_all(options.op, options.arch, options.jobs, plan)
     found = []
-    if options.check:
-        committed = json.loads(options.check.read_text(encoding="utf-8"))
-        if committed["triton"] != triton.__version__:
-            found = [f"{options.check} is of Triton {committed['triton']}, this is {triton.__version__}"]
+    if options.committed is not None:
+        if options.committed["triton"] != triton.__version__:
+            found = [
+                f"{options.check} is of Triton {options.committed['triton']}, this is {triton.__version__}"
+            ]
         else:
-            found = differences(committed, rows, options.op, options.arch)
+            found = differences(options.committed, rows, options.op, options.arch)
     if options.write:
         content = as_file(rows, triton.__version__)
-        if options.write.exists():
-            before = json.loads(options.write.read_text(encoding="utf-8"))
-            if before["triton"] == triton.__version__:
-                content = merged(before, content, options.op, options.arch, options.known)
+        if options.before is not None and options.before["triton"] == triton.__version__:
+            content = merged(options.before, content, options.op, options.arch, options.known)
         write(options.write, content)
     if options.json:
         options.json.write_text(
