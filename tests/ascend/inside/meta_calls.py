@@ -6,6 +6,7 @@ or dtype is then another; "unchecked", taken as if it were right, where the vend
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -13,7 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from v4sdk.backend import Ranks
 from v4sdk.config import ModelConfig
+
+contract = importlib.import_module("v4sdk_ascend.contract")
+ep_exchange = importlib.import_module("v4sdk_ascend.ep_exchange")
 
 T = 37
 RANKS = 16
@@ -230,28 +235,46 @@ def _mx_matrices(c: ModelConfig) -> Iterator[Case]:
     yield right.wrong("scales of another dtype", "refused", per_token_scale_dtype=E2M1_CODE)
 
 
+class _Noted(contract.Vendor):  # type: ignore[name-defined, misc]
+    """Makes no calls; keeps them, and gives what was prepared."""
+
+    def __init__(self, *results: Any) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+        self._results = iter(results)
+
+    def call(self, key: str, *args: Any, **kwargs: Any) -> Any:
+        self.calls.append((key, args, kwargs))
+        return next(self._results)
+
+
 def _exchange(c: ModelConfig) -> Iterator[Case]:
-    D, E, k = c.hidden_size, c.n_routed_experts, c.num_experts_per_tok
-    local = E // RANKS
-    received = T * RANKS * min(local, k)
-    share = {"shared_expert_num": 1, "shared_expert_rank_num": 0, "global_bs": T * RANKS, "comm_alg": ""}
-    send = {**share, "expert_scales": t(T, k, dtype=F32), "quant_mode": 2, "expert_token_nums_type": 1}
-    # besides what comes from each rank: two numbers per token and expert for each group of eight ranks
-    counts = RANKS * local + T * RANKS * 2 * k * (RANKS // 8)
-    sent = (
-        (I8, (received, D)), (F32, (received,)), (I32, (received * 128,)), (I64, (local,)), (I32, (counts,)), (I32, (0,)),
-        (F32, (received,)),
-    )  # fmt: skip
-    x, ids = t(T, D), t(T, k, dtype=I32)
-    right = Case("npu.npu_moe_distribute_dispatch_v2", "int8", (x, ids, "group", RANKS, 0, E), send, sent)
-    yield right
-    yield right.wrong("a rank too many", "refused", (x, ids, "group", RANKS, RANKS, E))
-    gather = {**share, "tp_send_counts": t(0, dtype=I32), "expand_scales": t(received, dtype=F32)}
-    back = (t(received * 128, dtype=I32), t(counts, dtype=I32), t(T, k, dtype=F32), "group", RANKS, 0, E)
-    out = ((BF16, (T, D)),)
-    right = Case("npu.npu_moe_distribute_combine_v2", "sum", (t(received, D), ids, *back), gather, out)
-    yield right
-    yield right.wrong("ids of other rows", "shows", (t(received, D), t(T + 1, k, dtype=I32), *back))
+    """The calls that the adapter itself makes, each with a wrong form; both families' forms are known to both."""
+    D, k, local = c.hidden_size, c.num_experts_per_tok, c.n_routed_experts // RANKS
+    received, wide = T * RANKS * min(local, k), ep_exchange.carried_width(D, k)
+    bounds = tuple(local * rank for rank in range(RANKS + 1))
+    for family in ("910B", "910C"):
+        # besides what comes from each rank, where weights go along: two numbers per token and expert for eight ranks
+        weighted = family == "910B"
+        counts = RANKS * local + weighted * T * RANKS * 2 * k * (RANKS // 8)
+        sent = (
+            (BF16, (received, wide)), (F32, (received,)), (I32, (received * 128,)), (I64, (local,)), (I32, (counts,)),
+            (I32, (0,)), (F32, (weighted * received,)),
+        )  # fmt: skip
+        given = [t(*shape, dtype=dtype) for dtype, shape in sent]
+        given[3] = torch.zeros(local, dtype=I64)  # how many rows came is read: none
+        noted = _Noted(given, t(T, wide))
+        ranks = Ranks(0, bounds, lambda: None, lambda *rows: None)
+        adapter = ep_exchange.DispatchCombine(noted, family, ranks, c, T, None, "group")
+        adapter.exchange(t(T, D), t(T, k, dtype=I32), t(T, k, dtype=F32), lambda *rows: None)
+        (first, args, how), (second, back, back_how) = noted.calls
+        right = Case(first, f"as on {family}", args, how, sent)
+        yield right
+        yield right.wrong(f"a rank too many, as on {family}", "refused", (*args[:4], RANKS, *args[5:]))
+        right = Case(second, f"as on {family}", back, back_how, ((BF16, (T, wide)),))
+        yield right
+        other = t(T + 1, k, dtype=I32)
+        yield right.wrong(f"other ids, as on {family}", "shows", (back[0], other, *back[2:]))
 
 
 def outcome(case: Case, call: Callable[..., Any]) -> tuple[str, str]:

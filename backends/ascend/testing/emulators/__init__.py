@@ -21,6 +21,7 @@ from . import (
     moe,
     norm_rope,
     quant,
+    quant_indexer,
     sparse_flash,
 )
 from . import libraries as packs
@@ -38,6 +39,7 @@ MODULES = (
     moe,
     norm_rope,
     quant,
+    quant_indexer,
     sparse_flash,
 )
 
