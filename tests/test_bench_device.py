@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,13 @@ import pytest
 import torch
 
 from v4sdk import ops as o
-from v4sdk.backend import Backend, Evidence
+from v4sdk.backend import Backend, Evidence, Kernel, kernel
 from v4sdk.ops.inputs import FLASH, TINY
 from v4sdk.ops.op import Cost
 from v4sdk.plugins import select
 from v4sdk.presets import V4_FLASH, shrunk
 from v4sdk.weights import ExpertWeights
-from v4sdk_bench.device import drawn, experts, op_rows, replayed, stack
+from v4sdk_bench.device import drawn, experts, libraries, op_rows, replayed, stack
 from v4sdk_bench.record import Record, Row
 from v4sdk_bench.stage import Bench
 from v4sdk_bench.suites import device
@@ -114,6 +115,117 @@ def test_a_wrong_result_has_no_time(tmp_path: Path) -> None:
     assert called == []
 
 
+class Refused:
+    """A step that its device would not record."""
+
+    reason = "operation not permitted when stream is capturing"
+
+    def __init__(self, step: Callable[[], None]) -> None:
+        self._step = step
+
+    def __call__(self) -> None:
+        self._step()
+
+
+class Unrecording(Pretended):
+    """A device that records nothing, and says so only where it is asked."""
+
+    def record(self, step: Callable[[], None]) -> Callable[[], None]:
+        return Refused(step)
+
+
+def test_what_was_not_recorded_has_no_time_of_the_device(tmp_path: Path) -> None:
+    b = bench(Unrecording(), tmp_path)
+    ceilings(b.record)
+    row = replayed.row(b, subject(), [lambda: None], 0.01)
+    assert row.state == "failed"
+    assert "not recorded: operation not permitted" in row.note
+    assert not any(name.endswith("_s") for name in row.values)
+    b.record.add(row)
+
+
+def test_a_stack_whose_step_was_not_recorded_has_no_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy = stack.build(bench(Emulated(), tmp_path))
+    b = bench(Unrecording(), tmp_path)
+    ceilings(b.record)
+    row = stack._step_row(b, toy, "device/stack/toy/1/40", "a step", 1, 40)
+    assert row.state == "failed"
+    assert row.values["not_recorded"] == 1.0
+    assert "not recorded: operation not permitted" in row.note
+    assert not any(name.endswith("_s") for name in row.values)
+
+
+class Served(Pretended):
+    """A device where somebody else's library serves `rms_norm`, and another one declines `linear`."""
+
+    def kernels(self) -> list[Kernel[Any, Any]]:
+        return [kernel(o.rms_norm, self._theirs)]
+
+    def _theirs(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype, out: Any = None
+    ) -> torch.Tensor:
+        self.called.append("theirs")
+        return o.rms_norm(x, weight, eps, dtype, out=out)
+
+    def __init__(self) -> None:
+        self.called: list[str] = []
+
+    def variants(self, op: str) -> dict[str, Callable[..., Any]]:
+        return {"ours": lambda **given: self.called.append("ours")} if op == "rms_norm" else {}
+
+    def declined(self, op: str) -> list[str]:
+        return ["lib: not installed (pip install lib)", "other: needs a GPU"] if op == "linear" else []
+
+
+class ServedEmulation(Served):
+    evidence: Evidence = "emulated"
+
+
+def test_a_library_is_timed_beside_our_kernel_on_the_same_arguments(tmp_path: Path) -> None:
+    backend = Served()
+    b = bench(backend, tmp_path)
+    ceilings(b.record)
+    rows = {row.key: row for row in libraries.run(b)}
+    assert (
+        rows.pop("device/library/linear").note == "lib: not installed (pip install lib); other: needs a GPU"
+    )
+    assert rows
+    assert set(backend.called) == {"theirs", "ours"}
+    for key, row in rows.items():
+        assert key.startswith("device/library/rms_norm/flash")
+        assert row.state == "ok", row.note
+        assert float(str(row.values["kernel_a_s"])) > 0
+        assert float(str(row.values["kernel_b_s"])) > 0
+        assert {"verdict", "speed_ratio"} <= set(row.values)
+        assert "a: the library" in row.note
+        b.record.add(row)
+
+
+def test_an_emulation_tells_why_libraries_have_no_times(tmp_path: Path) -> None:
+    rows = {row.key: row for row in libraries.run(bench(ServedEmulation(), tmp_path))}
+    assert set(rows) == {"device/library/linear", "device/library/rms_norm"}
+    assert all(row.state == "not run" for row in rows.values())
+    assert "not installed" in rows["device/library/linear"].note
+    assert rows["device/library/rms_norm"].note == "an emulation has no times"
+
+
+def test_a_library_whose_op_is_red_is_not_timed(tmp_path: Path) -> None:
+    b = bench(Served(), tmp_path, only=("device/library/rms_norm",))
+    b.record.add(Row("device/conformance/rms_norm", "x", "failed", "device", {"failed": 1}, {"failed": 0.0}))
+    rows = list(libraries.run(b))
+    assert [row.state for row in rows] == ["not run"]
+    assert "device/conformance/rms_norm failed" in rows[0].note
+
+
+def test_products_are_compared_in_the_numerics_that_libraries_take(tmp_path: Path) -> None:
+    labels = [one.case.label for one in libraries._cases(bench(Served(), tmp_path), o.linear)]
+    assert labels == [
+        "flash-decode-8k-fast", "flash-decode-8k-reference", "flash-prefill-8k-fast", "flash-prefill-8k-reference"
+    ]  # fmt: skip
+
+
 def test_a_red_op_is_not_timed_in_later_stages(tmp_path: Path) -> None:
     b = bench(Pretended(), tmp_path, only=("device/op/rms_norm", "device/experts", "device/stack"))
     for op in ("rms_norm", "routed_experts"):
@@ -162,6 +274,16 @@ def test_drawn_weights_have_unit_gain() -> None:
     for weight in (drawn.fp4((2, 64, 512), random),):
         y = torch.randn(16, 512) @ weight.dequantize()[0].T
         assert 0.3 < float(y.std()) < 3
+
+
+def test_experts_cost_what_all_their_calls_cost_in_the_mean() -> None:
+    random = drawn.random_on(CPU, "cost")
+    layer = experts.Layer(TINY, ExpertWeights(packed=drawn.experts(TINY, random)), o.routed_experts, True)
+    few, many = torch.zeros(2, 3, dtype=torch.int32), torch.arange(6, dtype=torch.int32).view(2, 3)
+    assert experts.distinct([few, many]) == 3.5
+    cheap, dear, both = (layer.cost(ids) for ids in ([few], [many], [few, many]))
+    assert both.read_bytes == (cheap.read_bytes + dear.read_bytes) / 2
+    assert both.flops == cheap.flops == dear.flops
 
 
 @pytest.mark.parametrize(

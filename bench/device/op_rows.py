@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -67,34 +67,54 @@ def subjects(bench: Bench) -> list[OpCase]:
     return found
 
 
-def one(bench: Bench, key: str, subject: OpCase, own: ModelConfig) -> Row:
-    """Judge a case, then time it over as many sets of arguments as the cache asks for."""
-    op, backend = subject.op, bench.backend
-    drawn = subject.case.make(torch.device("cpu"))
-    config = subject.config(own)
+@dataclass(frozen=True)
+class Judged:
+    """A case held against its reference, ready to be timed.
+
+    Attributes:
+        subject: what a row says of it. function: what the backend binds. note: what else is to be said.
+        sets: arguments, as many as the cache asks for; none where it is wrong or times mean nothing.
+    """
+
+    subject: Subject
+    function: Callable[..., Any]
+    sets: tuple[dict[str, Any], ...]
+    note: str
+
+    def calls(self, function: Callable[..., Any]) -> list[Call] | None:
+        """A call of `function` per set of arguments."""
+        return [_call(function, given) for given in self.sets] or None
+
+
+def one(bench: Bench, key: str, case: OpCase, own: ModelConfig) -> Row:
+    """Judge a case, then time it."""
+    found = judged_case(bench, key, case, own)
+    return row(bench, found.subject, found.calls(found.function), _BUDGET_S[bench.quick], found.note)
+
+
+def judged_case(bench: Bench, key: str, case: OpCase, own: ModelConfig) -> Judged:
+    """Hold what the backend binds against the reference."""
+    op, backend = case.op, bench.backend
+    drawn = case.case.make(torch.device("cpu"))
+    config = case.config(own)
 
     # the same values are judged and timed
-    found = judge_case(op, replace(subject.case, make=lambda device: drawn), backend, config)
+    found = judge_case(op, replace(case.case, make=lambda device: drawn), backend, config)
     cost = op.cost(**drawn) if op.cost else Cost(0, 0, 0)
     numerics = next((v for v in drawn.values() if isinstance(v, Numerics)), FAST)
     binding = bind(backend, config, EngineConfig(numerics, numerics.default_kv_format, backend.capability()))
-    function: Any = binding.table[op]
-    calls = None
+    sets: tuple[dict[str, Any], ...] = ()
     if found.status == "passed" and is_timed(bench):
         first = on_backend(drawn, backend)
-        sets = [first, *(clone(first) for _ in range(copies(cost.bytes, backend) - 1))]
-        calls = [_call(function, given) for given in sets]
+        sets = (first, *(clone(first) for _ in range(copies(cost.bytes, backend) - 1)))
     error = found.worst if found.status == "passed" else max(found.worst, math.inf)
-    return row(
-        bench,
-        Subject(
-            key, f"{op.name}, {subject.case.label}", cost, dtype_of(drawn),
-            {"op": op.name, "case": subject.case.label, "scale": subject.case.scale},
-            {"error": error, "max_abs": found.max_abs, "relative_l2": found.relative_l2, "how": found.how}, {"error": 1.0},
-            evidence_of(bench, found.evidence != "reference"),
-        ),
-        calls, _BUDGET_S[bench.quick], note=found.detail or "",
+    subject = Subject(
+        key, f"{op.name}, {case.case.label}", cost, dtype_of(drawn),
+        {"op": op.name, "case": case.case.label, "scale": case.case.scale},
+        {"error": error, "max_abs": found.max_abs, "relative_l2": found.relative_l2, "how": found.how}, {"error": 1.0},
+        evidence_of(bench, found.evidence != "reference"),
     )  # fmt: skip
+    return Judged(subject, binding.table[op], sets, found.detail or "")
 
 
 def _call(function: Any, given: dict[str, Any]) -> Call:

@@ -39,8 +39,18 @@ def copies(nbytes: int, backend: Backend) -> int:
     return max(1, min(_MOST_COPIES, math.ceil(2 * cache / max(1, nbytes)) + 1)) if nbytes < 2 * cache else 1
 
 
+def unrecorded(run: Call) -> str | None:
+    """Why what `Backend.record` gave runs the step itself, after two calls; None where it replays or never says."""
+    reason: str | None = getattr(run, "reason", None)
+    return reason
+
+
 class Replay:
-    """Calls recorded in a row, as often as it takes to make their start negligible."""
+    """Calls recorded in a row, as often as it takes to make their start negligible.
+
+    Raises:
+        BenchError: the backend records, but not these calls: started by Python each, they have no time of the device's own.
+    """
 
     def __init__(self, calls: Sequence[Call], backend: Backend) -> None:
         self._backend = backend
@@ -60,6 +70,9 @@ class Replay:
         run()
         run()
         self._backend.synchronize()
+        reason = unrecorded(run)
+        if reason is not None:
+            raise BenchError(f"no time of the device: the calls were not recorded: {reason}")
         return run
 
     def seconds(self, rounds: int = 1) -> list[float]:
@@ -125,13 +138,13 @@ def row(bench: Bench, subject: Subject, calls: Sequence[Call] | None, budget_s: 
     }  # fmt: skip
     if state == "failed" or calls is None or subject.evidence != "device":
         return Row(subject.key, subject.what, state, values=about, note=note, **common)
-    found = timed(calls, bench.backend, budget_s)
     ceilings = best(bench.record.ceilings)
-    values = about | {
-        "kernel_median_s": found.median, "kernel_low_s": found.low, "kernel_high_s": found.high,
-        "rounds": len(found.seconds), "spread": found.spread, "sets_of_arguments": len(calls),
-    }  # fmt: skip
     try:
+        found = timed(calls, bench.backend, budget_s)
+        values = about | {
+            "kernel_median_s": found.median, "kernel_low_s": found.low, "kernel_high_s": found.high,
+            "rounds": len(found.seconds), "spread": found.spread, "sets_of_arguments": len(calls),
+        }  # fmt: skip
         floor, bound = floor_s(subject.cost, ceilings, subject.dtype)
         values |= {"floor_s": floor, "bound": bound, "share_of_ceiling": share(floor, found.median)}
     except BenchError as exc:

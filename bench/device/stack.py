@@ -25,7 +25,7 @@ from v4sdk.presets import V4_FLASH, shrunk
 from v4sdk.tensors import expected_tensors
 from v4sdk.weights import WeightSource
 from v4sdk_bench.device.drawn import DrawnTensors
-from v4sdk_bench.device.replayed import Subject, evidence_of, is_timed, row
+from v4sdk_bench.device.replayed import Subject, evidence_of, is_timed, row, unrecorded
 from v4sdk_bench.record import Row, Value, not_run
 from v4sdk_bench.speed.ceilings import free_bytes
 from v4sdk_bench.speed.op_counts import counted
@@ -186,10 +186,11 @@ def _step_row(bench: Bench, stack: Stack, key: str, what: str, batch: int, conte
     for _ in range(3):
         recorded()
     backend.synchronize()
-    same = bool(torch.equal(step.logits, first))
+    same, reason = bool(torch.equal(step.logits, first)), unrecorded(recorded)
     launches = backend.launches(step) or {}
     checked: dict[str, Value] = {
-        "replay_differs": float(not same), "not_finite": int((~torch.isfinite(first)).sum()), "launches": sum(launches.values()),
+        "replay_differs": float(not same), "not_recorded": float(reason is not None),
+        "not_finite": int((~torch.isfinite(first)).sum()), "launches": sum(launches.values()),
         "launches_by_kernel": dict(sorted(launches.items())), "layers": len(stack.config.layers), "of_layers": stack.layers_of,
         "weight_bytes": stack.weight_bytes, "kv_bytes": step.cache.nbytes,
     }  # fmt: skip
@@ -201,11 +202,12 @@ def _step_row(bench: Bench, stack: Stack, key: str, what: str, batch: int, conte
     }
     bare = stack.without_kernel
     subject = Subject(
-        key, what, table.cost, "bfloat16", setting, checked, {"replay_differs": 0.0, "not_finite": 0.0},
+        key, what, table.cost, "bfloat16", setting, checked, {"replay_differs": 0.0, "not_recorded": 0.0, "not_finite": 0.0},
         evidence_of(bench, not bare),
     )  # fmt: skip
     note = "weights and context are drawn; not extrapolated to more layers"
     note += f"; without a kernel: {', '.join(bare)}" if bare else ""
+    note += f"; no time: the step was not recorded: {reason}" if reason else ""
     return _with_rates(row(bench, subject, [step], _BUDGET_S[bench.quick], note), batch)
 
 

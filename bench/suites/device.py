@@ -42,12 +42,13 @@ def _stage(name: str, quick_s: float) -> Stage:
     return Stage(f"device/{_KEYS.get(name, name)}", run, quick_s, 600)
 
 
-_KEYS = {"op_rows": "op"}
+_KEYS = {"op_rows": "op", "libraries": "library"}
 STAGES = (
     Stage("device/identity", identity, 5, 5),
     _stage("ceilings", 30),
     _stage("conformance", 180),
     _stage("op_rows", 180),
+    _stage("libraries", 60),
     _stage("experts", 120),
     _stage("stack", 120),
 )
