@@ -175,17 +175,8 @@ def judge_case(op: Op[..., Any], case: Case, backend: Backend, config: ModelConf
     bare = {row.op for row in binding.without_kernel}
     evidence = "reference" if op.name in bare else backend.evidence
     return CaseResult(
-        op.name,
-        case.label,
-        how,
-        evidence,
-        status,
-        found.max_abs,
-        found.worst,
-        detail,
-        found.relative_l2,
-        found.cosine,
-    )
+        op.name, case.label, how, evidence, status, found.max_abs, found.worst, detail, found.relative_l2, found.cosine
+    )  # fmt: skip
 
 
 def _format(chosen: Numerics, backend: Backend) -> KVFormat:
