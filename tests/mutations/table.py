@@ -663,6 +663,53 @@ KERNELS: tuple[Row, ...] = (
                 "tl.minimum(v, limit)",
                 (f"{KERNEL}[shared_expert/tiny-first-fast]",),
             ),
+            Patch(
+                "off by one: pairs of a prompt are dealt one place too late",
+                "backends/cuda/kernels/moe_prompt.py",
+                "found + tl.cumsum(match, 0) - 1",
+                "found + tl.cumsum(match, 0)",
+                (f"{KERNEL}[routed_experts/packed-wide-chunk-fast]",),
+            ),
+            Patch(
+                "the last choice of every token of a prompt is left out of its sum",
+                "backends/cuda/kernels/moe_prompt.py",
+                "P, width, CHOSEN, 1, BETWEEN)",
+                "P, width, CHOSEN - 1, 1, BETWEEN)",
+                (f"{KERNEL}[routed_experts/packed-wide-chunk-fast]",),
+            ),
+            Patch(
+                "wrong row: in a prompt, a pair's number for its token's",
+                "backends/cuda/kernels/moe_packed.py",
+                "tokens = tl.maximum(pair, 0) // CHOSEN",
+                "tokens = tl.maximum(pair, 0) % CHOSEN",
+                (f"{KERNEL}[routed_experts/packed-wide-chunk-fast]",),
+            ),
+        ),
+    ),
+    Row(
+        "CUDA routing",
+        (
+            Patch(
+                "ties go to the highest id",
+                "backends/cuda/kernels/route.py",
+                "first = tl.min(tl.where(free & (moved == best[:, None]), e[None, :], EXPERTS), 1)",
+                "first = tl.max(tl.where(free & (moved == best[:, None]), e[None, :], -1), 1)",
+                (f"{KERNEL}[route/ties-tiny-decode-exact]",),
+            ),
+            Patch(
+                "missing bias: scores alone choose",
+                "backends/cuda/kernels/route.py",
+                "moved = score + tl.load(bias + e, mask=e < E, other=0.0)[None, :]",
+                "moved = score",
+                (f"{KERNEL}[route/odd-chunk-fast]",),
+            ),
+            Patch(
+                "wrong row: a token's place for its id",
+                "backends/cuda/kernels/route.py",
+                "table + token[:, None] * CHOSEN + k[None, :]",
+                "table + rows[:, None] * CHOSEN + k[None, :]",
+                (f"{KERNEL}[route_hash/tiny-decode-exact]",),
+            ),
         ),
     ),
     Row(
