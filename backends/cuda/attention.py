@@ -77,9 +77,10 @@ class Attention:
             batch.block_table, batch.positions, batch.slots, sink, y, parts, stats,
             self._launch.counters(grid[0] if split > 1 else 1), heads, dim, rope_dim, window.shape[1],
             bound if kind == "picked" else 0, ratio, batch.block_table.shape[1], far.shape[1], far.shape[0],
-            _LOG2_E * dim**-0.5, span, FAR=kind, NEAR_NATIVE=window.dtype == torch.uint8, FAR_NATIVE=far.dtype == torch.uint8,
-            SPLIT=split, HEADS=together, BH=chosen.m, BN=chosen.n, DB=max(16, power_of_two(dim)), OPERAND=operand,
-            BF16_P=numerics.bf16_between, warps=chosen.warps, stages=chosen.stages,
+            _LOG2_E * dim**-0.5, span, split, FAR=kind, NEAR_NATIVE=window.dtype == torch.uint8,
+            FAR_NATIVE=far.dtype == torch.uint8, IS_SPLIT=split > 1, HEADS=together, BH=chosen.m, BN=chosen.n,
+            DB=max(16, power_of_two(dim)), OPERAND=operand, BF16_P=numerics.bf16_between, warps=chosen.warps,
+            stages=chosen.stages,
         )  # fmt: skip
 
     def _prompt(

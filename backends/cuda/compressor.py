@@ -15,13 +15,13 @@ from v4sdk.weights import Weight
 from .kernels.compressor import keep_kernel, pair_kernel, pool_kernel
 from .kernels.index_query import index_query_kernel
 from .launch import Launch, deliver, result
-from .operands import GROUP, data_of, operand_type, power_of_two, rounds_input, scale_of, triton_type
+from .operands import GROUP, data_of, dense, operand_type, power_of_two, rounds_input, scale_of, triton_type
 from .tiles import Table, Tile, tile
 
 # both products in one program; `split` is the most parts of the depth: as many as fill the chip are taken
 PAIR_TILES: Table = {
     ("any", "decode"): Tile(16, 32, GROUP, 4, 3, split=16),
-    ("100", "decode"): Tile(16, 32, GROUP, 8, 3, split=16),
+    ("100", "decode"): Tile(16, 32, GROUP, 8, 2, split=16),
     ("any", "prefill"): Tile(64, 32, 64, 4, 3, split=8),
     ("90", "prefill"): Tile(128, 64, 64, 8, 3, split=8),
     ("100", "prefill"): Tile(128, 64, 64, 8, 3, split=8),
@@ -91,7 +91,7 @@ class Compressor:
     ) -> None:  # fmt: skip
         """Fill `pair`; with the constant FUSED everything else as well."""
         t, depth, w = x.shape[0], x.shape[1], ape.shape[1]
-        x = x if x.stride(-1) == 1 else x.contiguous()
+        x = dense(x)
         target = self._launch.target
         chosen = tile(PAIR_TILES, target, t)
         rows, columns = -(-t // chosen.m), w // e * -(-e // chosen.n)
@@ -140,7 +140,7 @@ class Compressor:
         """See `v4sdk.ops.index_query`."""
         t, width, target = x.shape[0], wq_b.out_features, self._launch.target
         e, act, between = width // num_heads, activation_dtype(numerics), between_dtype(numerics)
-        x, qr = (v if v.stride(-1) == 1 else v.contiguous() for v in (x, qr))
+        x, qr = dense(x), dense(qr)
         given_q, given_w = out or (None, None)
         q = result(given_q, (t, num_heads, e), act, x.device)
         w = result(given_w, (t, num_heads), between, x.device)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .kernels.hyper_connection import finish_kernel, streams_kernel, sums_kernel
 from .launch import Launch, deliver, result
-from .operands import power_of_two
+from .operands import dense, power_of_two
 from .tiles import Table, Tile, shape_of, tile
 
 # m: tokens, n: columns of every stream. A decode step takes as many programs as there are multiprocessors
@@ -51,7 +51,7 @@ class HyperConnection:
         row = max(16, power_of_two(count + 1))
         parts = torch.empty((t, splits if count else 0, row), dtype=torch.float32, device=x.device)
         y, post, comb, streams = write or (x, None, None, None)
-        y = y if y.stride(-1) == 1 else y.contiguous()
+        y = dense(y)
         if write is not None or not many:
             self._launch(
                 streams_kernel, (-(-t // chosen.m), -(-n // chosen.n)), y, y.stride(0), x, post, comb, streams, fn, parts, t, n,

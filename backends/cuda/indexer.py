@@ -12,7 +12,7 @@ from v4sdk.ops.batch import Batch
 
 from .kernels.indexer import decode_scores_kernel, pick_kernel, prompt_scores_kernel
 from .launch import Launch, deliver, result
-from .operands import power_of_two
+from .operands import dense, power_of_two
 from .tiles import Table, Tile, tile
 
 # m tokens share a tile of n keys, as many at a time as have k heads; a decode step is bound by reading keys, each once
@@ -69,13 +69,13 @@ class Indexer:
     ) -> None:  # fmt: skip
         """Order keys of the scores of tokens first..last."""
         heads, e, limit = q.shape[1], q.shape[2], scores.shape[1]
-        q, w, keys = _dense(q.reshape(q.shape[0], heads * e)), _dense(w), _dense(keys)
+        q, w, keys = dense(q.reshape(q.shape[0], heads * e)), dense(w), dense(keys)
         narrow = q.dtype == torch.bfloat16 and (keys.dtype != torch.float32 or numerics.q4_index)
         chosen = tile(
             TILES if narrow else WIDE_TILES, self._launch.target, 1 if batch.is_decode else q.shape[0]
         )
         constants = _constants(keys, heads, e, chosen, narrow) | {"BF16_SCORES": numerics.bf16_index_scores}
-        table = _dense(batch.block_table)
+        table = dense(batch.block_table)
         if batch.is_decode:
             tiles = -(-limit // chosen.n)
             programs = _WAVES * self._launch.target.multiprocessors
@@ -140,8 +140,3 @@ def _constants(keys: Tensor, heads: int, e: int, chosen: Tile, narrow: bool) -> 
         "BN": chosen.n, "BH": max(16, power_of_two(heads)), "BE": max(32, power_of_two(e)),
         "OPERAND": tl.bfloat16 if narrow else tl.float32,
     }  # fmt: skip
-
-
-def _dense(x: Tensor) -> Tensor:
-    """Rows may lie apart, their elements may not."""
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -10,7 +10,7 @@ from v4sdk.weights import Weight
 
 from .kernels.linear import linear_kernel
 from .launch import Launch, deliver, result
-from .operands import GROUP, data_of, operand_type, rounds_input, scale_of
+from .operands import GROUP, data_of, dense, operand_type, rounds_input, scale_of
 from .tiles import Table, Tile, tile
 
 # a decode step is bound by reading the weight: narrow tiles, and the depth split until every multiprocessor has work
@@ -47,7 +47,7 @@ class Linear:
 
     def _product(self, x: Tensor, weight: Weight, q8: bool, dtype: torch.dtype, out: Tensor | None) -> Tensor:
         t, depth, width = x.shape[0], x.shape[1], weight.out_features
-        x = x if x.stride(-1) == 1 else x.contiguous()
+        x = dense(x)
         y = result(out, (t, width), dtype, x.device)
         operand = operand_type(x, weight)
         chosen = tile(WIDE if operand.is_fp32() else TILES, self._launch.target, t)
@@ -56,7 +56,7 @@ class Linear:
         split = -(-depth // span)
         grid = (-(-t // chosen.m), -(-width // chosen.n), split)
         parts = torch.empty((split, t, width), dtype=torch.float32, device=x.device) if split > 1 else y
-        counters = self._launch.counters(grid[0] * grid[1])
+        counters = self._launch.counters(grid[0] * grid[1] if split > 1 else 1)
         self._launch(
             linear_kernel, grid, x, x.stride(0), data_of(weight, self._launch.target), scale_of(weight), y, parts, counters,
             t, width, depth, span, SPLIT=split, BM=chosen.m, BN=chosen.n, BK=chosen.k, ENCODING=weight.encoding, Q8=q8,

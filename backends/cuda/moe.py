@@ -14,7 +14,7 @@ from .experts import Call, Part, halved, run_experts
 from .kernels.moe import shared_down_kernel, up_kernel
 from .kernels.route import route_hash_kernel, route_kernel
 from .launch import Launch, deliver, result
-from .operands import data_of, operand_type, power_of_two, rounds_input, scale_of
+from .operands import data_of, dense, operand_type, power_of_two, rounds_input, scale_of
 from .tiles import Table, Tile, tile
 
 # m: tokens, n: experts. A decode step's programs are many and small: the gate is read at the speed of memory
@@ -51,7 +51,7 @@ class MoE:
         block = power_of_two(experts)
         parts = torch.empty((split, t, block), dtype=torch.float32, device=u.device)
         rows = -(-t // chosen.m)
-        u = u if u.stride(-1) == 1 else u.contiguous()
+        u = dense(u)
         self._launch(
             route_kernel, (rows, -(-experts // chosen.n), split), u, u.stride(0), gate, bias, ids, weights, parts,
             self._launch.counters(rows), t, experts, width, steps * chosen.k, scale, CHOSEN=k, SPLIT=split, BT=chosen.m,
@@ -68,7 +68,7 @@ class MoE:
         """See `v4sdk.ops.route_hash`."""
         (t, width), k = u.shape, tid2eid.shape[1]
         ids, weights = made = _choices(out, t, k, u.device)
-        u = u if u.stride(-1) == 1 else u.contiguous()
+        u = dense(u)
         chosen = tile(HASH, self._launch.target, t)
         self._launch(
             route_hash_kernel, (-(-t // chosen.m),), u, u.stride(0), gate, tid2eid, token_ids, ids, weights, t, width, scale,
@@ -84,7 +84,7 @@ class MoE:
         if experts.packed is None:
             raise ShapeError("routed experts are not stacked, expected what `prepare_experts` gives")
         y = result(out, tuple(u.shape), torch.float32, u.device)
-        u = u if u.stride(-1) == 1 else u.contiguous()
+        u = dense(u)
         run_experts(
             self._launch, Call(u, ids.contiguous(), weights.contiguous(), *experts.packed, limit, numerics), y
         )
@@ -97,7 +97,7 @@ class MoE:
         """See `v4sdk.ops.shared_expert`."""
         t, inner = u.shape[0], w1.out_features
         y = result(out, tuple(u.shape), activation_dtype(numerics), u.device)
-        u = u if u.stride(-1) == 1 else u.contiguous()
+        u = dense(u)
         a = torch.empty((t, inner), dtype=activation_dtype(numerics), device=u.device)
         up, down = (Part(self._launch, w, x, t) for w, x in ((w1, u), (w2, a)))
         q8, tiles = rounds_input(w1, numerics), -(-t // up.tile.m)

@@ -17,6 +17,11 @@ from .target import Target
 GROUP = 128
 
 
+def dense(x: Tensor) -> Tensor:
+    """The same values as kernels read them: rows may lie apart, the elements of one may not."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def data_of(weight: Weight, target: Target) -> Tensor:
     """The stored values as a kernel's pointer: FP8 as bytes on chips without that type.
 

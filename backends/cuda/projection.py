@@ -22,7 +22,7 @@ from .kernels.projection import (
 )
 from .launch import Launch, deliver, result
 from .linear import Linear
-from .operands import GROUP, data_of, operand_type, power_of_two, rounds_input, scale_of, triton_type
+from .operands import GROUP, data_of, dense, operand_type, power_of_two, rounds_input, scale_of, triton_type
 from .target import Target
 from .tiles import DECODE_ROWS, Shape, Table, Tile, shape_of, tile
 
@@ -149,7 +149,7 @@ class Projection:
         self, x: Tensor, weight: Weight, gain: Tensor, qr: Tensor, rounded: Tensor, eps: float, numerics: Numerics
     ) -> None:  # fmt: skip
         t, width, depth = x.shape[0], weight.out_features, x.shape[1]
-        x, q8 = (x if x.stride(-1) == 1 else x.contiguous()), rounds_input(weight, numerics)
+        x, q8 = dense(x), rounds_input(weight, numerics)
         chosen = _tile(QUERY_LATENT, self._launch.target, t, x, weight, q8)
         plan = _Latent.of(chosen, depth, width, _QUERY_ELEMENTS[shape_of(t)])
         grid = plan.grid(t, width)
@@ -190,7 +190,7 @@ class Projection:
         """See `v4sdk.ops.kv_project_store`."""
         history = 0 if batch.is_decode else batch.num_sequences * window.shape[1]
         t, dim, depth = x.shape[0], wkv.out_features, x.shape[1]
-        x = x if x.stride(-1) == 1 else x.contiguous()
+        x = dense(x)
         y = result(out, (history + t, dim), activation_dtype(numerics), x.device)
         native = window.dtype == torch.uint8
         window16 = window.view(torch.bfloat16) if native else window

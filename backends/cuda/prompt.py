@@ -13,7 +13,7 @@ from .kernels.moe_packed import packed_tile_down_kernel, packed_tile_up_kernel, 
 from .kernels.moe_prompt import bucket_kernel, combine_kernel
 from .launch import Launch
 from .operands import power_of_two, scale_of
-from .tiles import Table, Tile, tile
+from .tiles import DECODE_ROWS, Table, Tile, tile
 
 # FP4 weights and BF16 inputs; m: the most rows of a tile
 PACKED: Table = {
@@ -23,10 +23,12 @@ PACKED: Table = {
 # no buffer takes more
 LIMIT_BYTES = 64 << 20
 _FEWEST_ROWS = 16
+# for the tables of tiles: the last piece of a prompt may have as few rows as a decode step, and goes the way of the others
+_PROMPT_ROWS = DECODE_ROWS + 1
 # pairs that one round of the dealing looks at
 _BLOCK = 1024
 # what one program adds up, and what one spreads
-_SUM = Tile(8, 256, 1, 4, 1)
+SUM = Tile(8, 256, 1, 4, 1)
 _SPREAD_ROWS = 16
 
 
@@ -69,8 +71,8 @@ def _piece(launch: Launch, call: Call, y: Tensor) -> None:
         rows = call.empty(pairs, some)
         product.down(a, buckets, rows, first)
         launch(
-            combine_kernel, (-(-y.shape[0] // _SUM.m), -(-some // _SUM.n)), rows, call.ids, y, pairs, width, some, first,
-            BT=_SUM.m, BN=_SUM.n, warps=_SUM.warps, stages=_SUM.stages, **call.constants,
+            combine_kernel, (-(-y.shape[0] // SUM.m), -(-some // SUM.n)), rows, call.ids, y, pairs, width, some, first,
+            BT=SUM.m, BN=SUM.n, warps=SUM.warps, stages=SUM.stages, **call.constants,
         )  # fmt: skip
 
 
@@ -95,7 +97,7 @@ class Tiles:
         self._launch, self._call = launch, call
         self._a = call.between()
         self._up, self._down = (
-            Part(launch, w, x, call.u.shape[0]) for w, x in ((call.w1, call.u), (call.w2, self._a))
+            Part(launch, w, x, _PROMPT_ROWS) for w, x in ((call.w1, call.u), (call.w2, self._a))
         )
         self.most_rows, self.columns = self._up.tile.m, self._down.tile.n
 
@@ -125,7 +127,7 @@ class PackedTiles:
 
     def __init__(self, launch: Launch, call: Call) -> None:
         self._launch, self._call = launch, call
-        self.tile = tile(PACKED, launch.target, call.u.shape[0])
+        self.tile = tile(PACKED, launch.target, _PROMPT_ROWS)
         self.most_rows, self.columns = self.tile.m, self.tile.n
 
     def up(self, buckets: Buckets) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .kernels.sample import BUCKETS, bucket_kernel, draw_kernel, feed_kernel, stats_kernel, top_kernel
 from .launch import Launch, deliver, result
-from .operands import power_of_two
+from .operands import dense, power_of_two
 
 # entries of the vocabulary per program
 _CHUNK = 1024
@@ -38,7 +38,7 @@ class Sample:
         logprobs = result(given[1], (t,), torch.float32, device)
         top_ids = result(given[2], (t, top), torch.int64, device)
         top_logprobs = result(given[3], (t, top), torch.float32, device)
-        logits, bias = _dense(logits), None if bias is None else _dense(bias)
+        logits, bias = dense(logits), None if bias is None else dense(bias)
         step = max(1, t if temperature is None else _ROWS)
         for first in range(0, t, step):
             count = min(step, t - first)
@@ -49,7 +49,7 @@ class Sample:
                 stats = self._greedy(rows, shift, *to)
             else:
                 filters = (temperature, top_k, top_p, min_p, uniform)
-                chosen = tuple(_dense(x).narrow(0, first, count) for x in filters)
+                chosen = tuple(dense(x).narrow(0, first, count) for x in filters)
                 stats = self._draw(rows, shift, chosen, *to)
             if top:
                 self._top(rows, stats, top_ids.narrow(0, first, count), top_logprobs.narrow(0, first, count))
@@ -125,8 +125,3 @@ def _stats(logits: Tensor) -> Stats:
 def _pair(logits: Tensor, bias: Tensor | None) -> tuple[Tensor, int, Tensor | None, int]:
     """Logits and bias as kernels take them: each with the distance of its rows."""
     return logits, logits.stride(0), bias, 0 if bias is None else bias.stride(0)
-
-
-def _dense(x: Tensor) -> Tensor:
-    """Rows may lie apart, their elements may not."""
-    return x if x.stride(-1) == 1 else x.contiguous()

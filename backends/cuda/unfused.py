@@ -18,12 +18,11 @@ from .kernels.moe_prompt import combine_kernel
 from .kernels.moe_unfused import gate_kernel, packed_product_kernel, packed_tile_product_kernel
 from .launch import Launch, deliver, result
 from .operands import scale_of
-from .prompt import Buckets, PackedTiles, deal
+from .prompt import SUM, Buckets, PackedTiles, deal
 from .tiles import Tile
 
-# what one program of the gate, and one of the sum, takes
+# what one program of the gate takes
 _GATE = Tile(4, 256, 1, 4, 1)
-_SUM = Tile(8, 256, 1, 4, 1)
 
 
 class UnfusedExperts:
@@ -51,8 +50,8 @@ class UnfusedExperts:
         rows = self._pairs(call) if call.is_by_rows else self._buckets(call)
         pairs, width, _ = call.sizes
         self._launch(
-            combine_kernel, (-(-y.shape[0] // _SUM.m), -(-width // _SUM.n)), rows, call.ids, y, pairs, width, width, 0, BT=_SUM.m,
-            BN=_SUM.n, warps=_SUM.warps, stages=_SUM.stages, **call.constants,
+            combine_kernel, (-(-y.shape[0] // SUM.m), -(-width // SUM.n)), rows, call.ids, y, pairs, width, width, 0, BT=SUM.m,
+            BN=SUM.n, warps=SUM.warps, stages=SUM.stages, **call.constants,
         )  # fmt: skip
         return deliver(out, y)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from v4sdk.numerics import EXACT, FAST, REFERENCE, Numerics
 from v4sdk.ops import OPS, inputs
-from v4sdk.ops.inputs import FLASH, LONG_DECODE, LONG_PREFILL, PRO, Draw, Geometry
+from v4sdk.ops.inputs import FLASH, LONG_DECODE, LONG_PREFILL, PRO, Draw, Geometry, Layout
 from v4sdk.weights import Weight
 
 from .backend import table, variants
@@ -30,14 +30,21 @@ PLAN: Plan = ((FLASH, FAST, tuple(CHIPS)),)
 # on demand: the larger model, and numerics that need more memory per tile, on the commonest chip and on the smallest
 WHOLE_PLAN: Plan = (*PLAN, (PRO, FAST, (90,)), (FLASH, REFERENCE, (120,)), (FLASH, EXACT, (90, 120)))
 # a chip that takes the tiles of another one, which sees every variant: of each kernel one is compiled
-SEES_ONE: Mapping[int, int] = {103: 100}
+SEES_ONE: Mapping[int, int] = {89: 120, 103: 100}
+
+
+def _fp8_experts(draw: Draw, g: Geometry, numerics: Numerics, layout: Layout) -> dict[str, Any]:
+    """Experts of Base checkpoints."""
+    return inputs.routed_experts(True)(draw, replace(g, routed="fp8"), numerics, layout)
+
+
 # ops whose arguments come in kinds
 _KINDS: dict[str, dict[str, inputs.Make]] = {
     "compress": {
         "csa": inputs.compress(4, False), "hca": inputs.compress(128, False), "index": inputs.compress(4, True)
     },
     "sparse_attn": {kind: inputs.sparse_attn(kind) for kind in ("swa", "csa", "hca")},
-    "routed_experts": {"packed": inputs.routed_experts(True)},
+    "routed_experts": {"packed": inputs.routed_experts(True), "fp8": _fp8_experts},
 }  # fmt: skip
 # arguments that are matrices of the model, though no `Weight`
 _MATRICES = ("fn", "gate", "weight")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -272,3 +273,15 @@ def test_single_steps_are_for_fp4_experts(cuda: Any) -> None:
     with pytest.raises(ShapeError, match="stacked FP4 matrices and BF16 inputs only"):
         cuda.variants("routed_experts")["unfused"](**args)
     assert not cuda.variants("linear")
+
+
+@pytest.mark.parametrize("geometry", [TINY, FP8_EXPERTS], ids=lambda g: g.name)
+def test_the_last_piece_of_a_prompt_may_be_short(
+    geometry: Geometry, judge: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts go in pieces by the memory between the products; the last one here has a single token."""
+    prompt = importlib.import_module("v4sdk_cuda.prompt")
+    args = arguments("routed_experts", Layout("pieces", (0,), (37,)), FAST, geometry)
+    between = 2 * args["ids"].shape[1] * geometry.intermediate
+    monkeypatch.setattr(prompt, "LIMIT_BYTES", 36 * between)
+    judge("routed_experts", "pieces", args)

@@ -21,7 +21,6 @@ from v4sdk.quant import q4_round, q8_round, ue8m0_ceil
 from v4sdk.weights import Encoding, ExpertWeights, Weight, stack
 
 _EPS = 1e-6
-_PAGE_TOKENS = 256
 _ROPE = RopeSpec(160000.0, 16.0, 65536)
 _TILE = 128
 
@@ -103,17 +102,18 @@ class Draw:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which tokens a step holds: per sequence its first position and its number of new tokens."""
+    """Which tokens a step holds: per sequence its first position and its number of new tokens; and source tokens per page."""
 
     name: str
     starts: tuple[int, ...]
     lengths: tuple[int, ...]
+    page_tokens: int = 256
 
     def batch(self, draw: Draw, vocab: int) -> Batch:
         """The packed step, every sequence on pages and a slot of its own, handed out in reverse."""
         positions = [s + i for s, n in zip(self.starts, self.lengths, strict=True) for i in range(n)]
         bounds = [sum(self.lengths[:i]) for i in range(len(self.lengths) + 1)]
-        counts = [-(-(s + n) // _PAGE_TOKENS) for s, n in zip(self.starts, self.lengths, strict=True)]
+        counts = [-(-(s + n) // self.page_tokens) for s, n in zip(self.starts, self.lengths, strict=True)]
         free = list(range(sum(counts)))
         tables = [[free.pop() for _ in range(c)] for c in counts]
         width = max(counts)
@@ -123,20 +123,21 @@ class Layout:
         pos, cu_seqlens, slot, pages = (
             torch.tensor(v, dtype=torch.int32, device=draw.device) for v in (positions, bounds, slots, table)
         )
-        return make_batch(ids, pos, cu_seqlens, slot, pages, _PAGE_TOKENS)
+        return make_batch(ids, pos, cu_seqlens, slot, pages, self.page_tokens)
 
     @property
     def num_pages(self) -> int:
         """Pages in use, without scratch."""
-        return sum(-(-(s + n) // _PAGE_TOKENS) for s, n in zip(self.starts, self.lengths, strict=True))
+        return sum(-(-(s + n) // self.page_tokens) for s, n in zip(self.starts, self.lengths, strict=True))
 
 
 DECODE = Layout("decode", (9, 300, 127), (1, 1, 1))
 FIRST = Layout("first", (0,), (1,))
 PREFILL = Layout("prefill", (0, 0), (130, 7))
 CHUNK = Layout("chunk", (100, 3, 511), (63, 1, 40))
-LONG_DECODE = Layout("decode-8k", (8191,), (1,))
-LONG_PREFILL = Layout("prefill-8k", (7680,), (512,))
+# pages as a run has them by default
+LONG_DECODE = Layout("decode-8k", (8191,), (1,), 1024)
+LONG_PREFILL = Layout("prefill-8k", (7680,), (512,), 1024)
 SMALL_LAYOUTS = (DECODE, FIRST, PREFILL, CHUNK)
 LONG_LAYOUTS = (LONG_DECODE, LONG_PREFILL)
 
@@ -308,7 +309,7 @@ def compress(ratio: int, is_index: bool) -> Make:
         overlap = ratio == 4
         e = g.index_dim if is_index else g.head_dim
         width, span = (2 * e, 2 * ratio) if overlap else (e, ratio)
-        pages = (layout.num_pages + 1, _PAGE_TOKENS // ratio)
+        pages = (layout.num_pages + 1, layout.page_tokens // ratio)
         rows = _index_rows(draw, g, n, pages) if is_index else _kv_rows(draw, g, n, pages)
         return {
             "x": _hidden(draw, g, n, layout),
@@ -350,7 +351,7 @@ def index_topk(draw: Draw, g: Geometry, n: Numerics, layout: Layout) -> dict[str
     return {
         "q": q4_round(q) if n.q4_index else q,
         "w": draw.normal(_tokens(layout), g.index_heads),
-        "keys": _index_rows(draw, g, n, (layout.num_pages + 1, _PAGE_TOKENS // 4)),
+        "keys": _index_rows(draw, g, n, (layout.num_pages + 1, layout.page_tokens // 4)),
         "batch": layout.batch(draw, g.vocab),
         "topk": g.topk,
         "ratio": 4,
@@ -366,7 +367,7 @@ def sparse_attn(kind: str) -> Make:
         batch = layout.batch(draw, g.vocab)
         tokens, ratio = _tokens(layout), {"swa": 0, "csa": 4, "hca": 128}[kind]
         fresh = tokens if batch.is_decode else tokens + len(layout.starts) * g.window
-        entries = _kv_rows(draw, g, n, (layout.num_pages + 1, _PAGE_TOKENS // ratio)) if ratio else None
+        entries = _kv_rows(draw, g, n, (layout.num_pages + 1, layout.page_tokens // ratio)) if ratio else None
         picks = None
         if kind == "csa":
             visible = ((batch.positions + 1) // ratio)[:, None]

@@ -17,7 +17,7 @@ def _inputs() -> Iterator[Case]:
         ("odd", 3, 63, 2),
         ("odd", 5, 1000, 20),
         ("flash", 1, 129280, 0),
-        ("pro", 8, 129280, 5),
+        ("flash", 8, 129280, 5),
     )
     for scale, rows, vocab, top in shapes:
         for greedy in (True, False):

@@ -133,11 +133,12 @@ def merge(parts, stats, sink, y, first, count, H, D, HEADS: tl.constexpr, DB: tl
         tl.store(y + at, (summed / total[:, None]).to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+# the same code for every length of the context
+@triton.jit(do_not_specialize=["splits"])
 def decode_kernel(
     q, near_codes, near_scales, near_rotary, near_step, far_codes, far_scales, far_rotary, far_step, picks, table, positions,
-    slots, sink, y, parts, stats, counters, H, D, R, W, K, ratio, num_pages, per_page, pages, scale, span,
-    FAR: tl.constexpr, NEAR_NATIVE: tl.constexpr, FAR_NATIVE: tl.constexpr, SPLIT: tl.constexpr, HEADS: tl.constexpr,
+    slots, sink, y, parts, stats, counters, H, D, R, W, K, ratio, num_pages, per_page, pages, scale, span, splits,
+    FAR: tl.constexpr, NEAR_NATIVE: tl.constexpr, FAR_NATIVE: tl.constexpr, IS_SPLIT: tl.constexpr, HEADS: tl.constexpr,
     BH: tl.constexpr, BN: tl.constexpr, DB: tl.constexpr, OPERAND: tl.constexpr, BF16_P: tl.constexpr,
 ):  # fmt: skip
     """y [T, H, D], one token per sequence: program (token and HEADS heads, s) takes blocks s * span .. of BN keys each.
@@ -184,11 +185,11 @@ def decode_kernel(
                 top, total, acc = attend(
                     query, cache, at, seen, seen[None, :], D, R, scale, once, top, total, acc, FAR_NATIVE, BF16_P,
                 )  # fmt: skip
-        if SPLIT == 1:
+        if not IS_SPLIT:
             total += tl.exp2(tl.load(sink + head + row, mask=mine, other=0.0) * LOG2_E - top)
             tl.store(y + token * H * D + at_head, (acc / total[:, None]).to(y.dtype.element_ty), mask=inside)
         else:
-            of_token, of_stats = parts + token * SPLIT * H * D, stats + token * SPLIT * 2 * H
+            of_token, of_stats = parts + token * splits * H * D, stats + token * splits * 2 * H
             tl.store(of_token + split.to(tl.int64) * H * D + at_head, acc, mask=inside)
             tl.store(of_stats + split * 2 * H + head + row, top, mask=mine)
             tl.store(of_stats + (split * 2 + 1) * H + head + row, total, mask=mine)

@@ -3,9 +3,8 @@
 import triton
 import triton.language as tl
 
-from .compressor import sum_parts
 from .linear import product
-from .numbers import arrive
+from .numbers import arrive, sum_parts
 from .rows import hadamard_rows, q4_groups, rotate_pairs, table_angles
 
 

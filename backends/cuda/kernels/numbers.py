@@ -17,6 +17,12 @@ def e8m0_value(byte):
 
 
 @triton.jit
+def e8m0_inverse(exponent):
+    """One over the power of two of a UE8M0 byte 1..253 (int32). Multiplying by it is exact; a division need not be on a GPU."""
+    return ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def scale_value(stored):
     """Scales of a weight as float32: UE8M0 bytes or float32, by the dtype of what was loaded."""
     # `else`, not what follows: the compiler reads on after a return under a condition it knows
@@ -105,18 +111,10 @@ def q4_exponent(amax):
 @triton.jit
 def q8_rows(x):
     """Round every row of x [rows, group] float32 to FP8 with one power-of-two scale, and come back to float32."""
-    scale = e8m0_value(q8_exponent(tl.max(tl.abs(x), 1)))[:, None]
-    # dividing by a power of two is exact
-    fitted = tl.minimum(tl.maximum(x / scale, -448.0), 448.0)
+    exponent = q8_exponent(tl.max(tl.abs(x), 1))
+    scale = e8m0_value(exponent)[:, None]
+    fitted = tl.minimum(tl.maximum(x * e8m0_inverse(exponent)[:, None], -448.0), 448.0)
     return e4m3_round(fitted) * scale
-
-
-@triton.jit
-def q4_rows(x):
-    """Round every row of x [rows, group] float32 to FP4 with one power-of-two scale, and come back to float32."""
-    scale = e8m0_value(q4_exponent(tl.max(tl.abs(x), 1)))[:, None]
-    fitted = tl.minimum(tl.maximum(x / scale, -6.0), 6.0)
-    return e2m1_value(e2m1_code(fitted)) * scale
 
 
 @triton.jit

@@ -13,6 +13,7 @@ from .numbers import (
     e4m3_code,
     e4m3_round,
     e4m3_value,
+    e8m0_inverse,
     e8m0_value,
     q4_exponent,
     q8_exponent,
@@ -71,7 +72,8 @@ def q8_plain(value, d, plain, DB: tl.constexpr):
     groups = tl.reshape(tl.where(is_plain, value, 0.0), (n, DB // 64, 64))
     exponent = q8_exponent(tl.max(tl.abs(groups), 2))
     scale = tl.expand_dims(e8m0_value(exponent), 2)
-    fitted = e4m3_round(tl.minimum(tl.maximum(groups / scale, -448.0), 448.0))
+    inverse = tl.expand_dims(e8m0_inverse(exponent), 2)
+    fitted = e4m3_round(tl.minimum(tl.maximum(groups * inverse, -448.0), 448.0))
     rounded = tl.reshape(fitted * scale, (n, DB))
     return tl.where(is_plain, rounded, value), tl.reshape(e4m3_code(fitted), (n, DB)), exponent
 
@@ -134,7 +136,8 @@ def q4_groups(value, EB: tl.constexpr):
     groups = tl.reshape(value, (value.shape[0], EB // 32, 32))
     exponent = q4_exponent(tl.max(tl.abs(groups), 2))
     scale = tl.expand_dims(e8m0_value(exponent), 2)
-    code = e2m1_code(tl.minimum(tl.maximum(groups / scale, -6.0), 6.0))
+    inverse = tl.expand_dims(e8m0_inverse(exponent), 2)
+    code = e2m1_code(tl.minimum(tl.maximum(groups * inverse, -6.0), 6.0))
     return tl.reshape(e2m1_value(code) * scale, from_groups), tl.reshape(code, from_groups), exponent
 
 
