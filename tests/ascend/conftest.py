@@ -92,7 +92,8 @@ class StandIn:
         """Run Python with these arguments (`"-c", code`, a file, `"-m", "v4sdk", "run"`), whatever its exit status."""
         return subprocess.run(
             [sys.executable, *arguments], env=self.environment(soc, count, **more), capture_output=True, text=True,
-            timeout=timeout, check=False,
+            # away from the checkout, so that what is installed is what runs
+            timeout=timeout, check=False, cwd=self.source,
         )  # fmt: skip
 
     def facts(self, soc: str, script: str, *arguments: str, **more: str) -> Any:

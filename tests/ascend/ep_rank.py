@@ -32,8 +32,11 @@ LIMIT = 10.0
 KEPT: list[torch.library.Library] = []
 
 
-def define(tables: list[str]) -> None:
-    """The vendor's ops with its own schemas, and the emulators as their kernels on the CPU."""
+def define(tables: list[str], plugin: str) -> None:
+    """The vendor's ops with its own schemas, and as their kernels on the CPU the emulators, which a checkout's plugin has."""
+    installed = importlib.import_module("v4sdk_ascend")
+    if plugin not in installed.__path__:
+        installed.__path__.append(plugin)
     emulators = importlib.import_module("v4sdk_ascend.testing.emulators")
     emulators.install(["cann_ops_transformer"])
     library = torch.library.Library("npu", "DEF")
@@ -97,7 +100,7 @@ def main(case: dict[str, Any]) -> None:
     """Exchange twice, and compare."""
     dist.init_process_group("gloo")
     rank, count = dist.get_rank(), dist.get_world_size()
-    define(case["schemas"])
+    define(case["schemas"], case["plugin"])
     ep = importlib.import_module("v4sdk_ascend.ep")
     chosen = numerics(case["numerics"])
     config = replace(

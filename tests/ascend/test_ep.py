@@ -165,7 +165,8 @@ def exchanged(nursery: Nursery, folder: Path, processes: int, **changes: Any) ->
     """What the driver reports of one case."""
     case = {
         "way": "dispatch", "family": "910C", "numerics": "fast", "exact": True, "tokens": 13, "most": 4, "experts": 8,
-        "hidden": 1024, "inner": 32, "planted": 0, "weak_rank": -1, "failing": "", "schemas": _schemas(), **changes,
+        "hidden": 1024, "inner": 32, "planted": 0, "weak_rank": -1, "failing": "", "schemas": _schemas(),
+        "plugin": str(HERE.parent.parent / "backends" / "ascend"), **changes,
     }  # fmt: skip
     assert len(case["schemas"]) == 2
     (folder / "case.json").write_text(json.dumps(case))
