@@ -86,6 +86,27 @@ def row_product(words, scale, xa, xb, xc, xd):
 
 
 @triton.jit
+def row_sums(x, w, scales, rows, first, steps, K, W, S, BN: tl.constexpr, BK: tl.constexpr, Q8: tl.constexpr):
+    """x [K] times rows [BN] of a matrix, over `steps` times BK columns from step `first` on: [BN] float32.
+
+    Shapes:
+        w [.., W] int32 words of 8, scales [.., S] bytes, K = 8 W = 32 S
+    """
+    G: tl.constexpr = BK // 32
+    acc = tl.zeros((BN, G), tl.float32)
+    # what the compiler does not fetch ahead by itself
+    row = load_row(x, first * BK, K, BK)
+    scale = load_columns(scales, rows, first * G, S, G)
+    for step in range(first, tl.minimum(tl.cdiv(K, BK), first + steps)):
+        xa, xb, xc, xd = row_planes(row, BK, Q8)
+        now = scale
+        row = load_row(x, (step + 1) * BK, K, BK)
+        scale = load_columns(scales, rows, (step + 1) * G, S, G)
+        acc += row_product(load_columns(w, rows, step * (BK // 8), W, BK // 8), now, xa, xb, xc, xd)
+    return tl.sum(acc, 1) * 4611686018427387904.0
+
+
+@triton.jit
 def packed_up_kernel(
     x, row_stride, w1, s1, w3, s3, a, parts, counters, ids, weights, P, I, K, W, S, steps, limit,
     CHOSEN: tl.constexpr, SPLIT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, Q8: tl.constexpr, BETWEEN: tl.constexpr,
@@ -132,19 +153,7 @@ def packed_down_kernel(
     pair, s = tl.program_id(0), tl.program_id(2)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     rows = tl.load(ids + pair).to(tl.int64) * N + tl.minimum(n, N - 1)
-    x = a + pair.to(tl.int64) * I
-    G: tl.constexpr = BK // 32
-    acc = tl.zeros((BN, G), tl.float32)
-    first = s * steps
-    row = load_row(x, first * BK, I, BK)
-    scale = load_columns(s2, rows, first * G, S, G)
-    for step in range(first, tl.minimum(tl.cdiv(I, BK), first + steps)):
-        xa, xb, xc, xd = row_planes(row, BK, Q8)
-        now = scale
-        row = load_row(x, (step + 1) * BK, I, BK)
-        scale = load_columns(s2, rows, (step + 1) * G, S, G)
-        acc += row_product(load_columns(w2, rows, step * (BK // 8), W, BK // 8), now, xa, xb, xc, xd)
-    out = tl.sum(acc, 1) * 4611686018427387904.0
+    out = row_sums(a + pair.to(tl.int64) * I, w2, s2, rows, s * steps, steps, I, W, S, BN, BK, Q8)
     finish_pair(out, pair, n, y, parts, counters, ids, s, P, N, CHOSEN, SPLIT, BETWEEN)
 
 
@@ -195,6 +204,21 @@ def tile_product(acc, words, scale, xa, xb, xc, xd, BK: tl.constexpr):
 
 
 @triton.jit
+def tile_sums(x, inputs, spread, w, scales, rows, W, S, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """Spread rows `inputs` [BM] of x times rows [BN] of a matrix: [BN, BM] float32."""
+    acc = tl.zeros((BN, BM), tl.float32)
+    for step in range(tl.cdiv(W, BK // 8)):
+        xa = load_plane(x, inputs, spread, step, S, 0, BK)
+        xb = load_plane(x, inputs, spread, step, S, 1, BK)
+        xc = load_plane(x, inputs, spread, step, S, 2, BK)
+        xd = load_plane(x, inputs, spread, step, S, 3, BK)
+        scale = load_columns(scales, rows, step * (BK // 32), S, BK // 32)
+        words = load_columns(w, rows, step * (BK // 8), W, BK // 8)
+        acc = tile_product(acc, words, scale, xa, xb, xc, xd, BK)
+    return acc
+
+
+@triton.jit
 def packed_tile_up_kernel(
     x, width, w1, s1, w3, s3, a, experts, slots, weights, P, I, W, S, limit,
     CHOSEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BETWEEN: tl.constexpr,
@@ -235,15 +259,6 @@ def packed_tile_down_kernel(
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     rows = expert * N + tl.minimum(first_column + n, N - 1)
     inputs = tl.maximum(pair, 0)
-    acc = tl.zeros((BN, BM), tl.float32)
-    for step in range(tl.cdiv(W, BK // 8)):
-        xa = load_plane(x, inputs, spread, step, S, 0, BK)
-        xb = load_plane(x, inputs, spread, step, S, 1, BK)
-        xc = load_plane(x, inputs, spread, step, S, 2, BK)
-        xd = load_plane(x, inputs, spread, step, S, 3, BK)
-        scale = load_columns(s2, rows, step * (BK // 32), S, BK // 32)
-        acc = tile_product(
-            acc, load_columns(w2, rows, step * (BK // 8), W, BK // 8), scale, xa, xb, xc, xd, BK
-        )
+    acc = tile_sums(x, inputs, spread, w2, s2, rows, W, S, BM, BN, BK)
     at = inputs[None, :].to(tl.int64) * width + n[:, None]
     tl.store(y + at, acc, mask=(pair >= 0)[None, :] & (n < width)[:, None])

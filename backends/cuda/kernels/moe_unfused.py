@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .moe import members, store_gated
-from .moe_packed import load_columns, load_plane, load_row, row_planes, row_product, tile_product
+from .moe_packed import row_sums, tile_sums
 from .numbers import arrive, sum_parts
 
 
@@ -18,18 +18,7 @@ def packed_product_kernel(
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     rows = tl.load(ids + pair).to(tl.int64) * N + tl.minimum(n, N - 1)
     x += (pair // CHOSEN).to(tl.int64) * row_stride
-    G: tl.constexpr = BK // 32
-    acc = tl.zeros((BN, G), tl.float32)
-    first = s * steps
-    row = load_row(x, first * BK, K, BK)
-    scale = load_columns(scales, rows, first * G, S, G)
-    for step in range(first, tl.minimum(tl.cdiv(K, BK), first + steps)):
-        xa, xb, xc, xd = row_planes(row, BK, Q8)
-        now = scale
-        row = load_row(x, (step + 1) * BK, K, BK)
-        scale = load_columns(scales, rows, (step + 1) * G, S, G)
-        acc += row_product(load_columns(w, rows, step * (BK // 8), W, BK // 8), now, xa, xb, xc, xd)
-    out = tl.sum(acc, 1)[None, :] * 4611686018427387904.0
+    out = row_sums(x, w, scales, rows, s * steps, steps, K, W, S, BN, BK, Q8)[None, :]
     inside = (n < N)[None, :]
     at = pair.to(tl.int64) * N + n[None, :]
     if SPLIT == 1:
@@ -53,15 +42,7 @@ def packed_tile_product_kernel(
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     rows = expert * N + tl.minimum(n, N - 1)
     inputs = tl.maximum(pair, 0) // CHOSEN
-    acc = tl.zeros((BN, BM), tl.float32)
-    for step in range(tl.cdiv(W, BK // 8)):
-        xa = load_plane(x, inputs, spread, step, S, 0, BK)
-        xb = load_plane(x, inputs, spread, step, S, 1, BK)
-        xc = load_plane(x, inputs, spread, step, S, 2, BK)
-        xd = load_plane(x, inputs, spread, step, S, 3, BK)
-        scale = load_columns(scales, rows, step * (BK // 32), S, BK // 32)
-        words = load_columns(w, rows, step * (BK // 8), W, BK // 8)
-        acc = tile_product(acc, words, scale, xa, xb, xc, xd, BK)
+    acc = tile_sums(x, inputs, spread, w, scales, rows, W, S, BM, BN, BK)
     at = tl.maximum(pair, 0)[None, :].to(tl.int64) * N + n[:, None]
     tl.store(y + at, acc, mask=(pair >= 0)[None, :] & (n < N)[:, None])
 
