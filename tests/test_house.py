@@ -18,7 +18,7 @@ BACKENDS = ("cpu", "cuda", "ascend")
 
 # A room imports only rooms of the lines above its own; rooms of one line do not know each other.
 ROOMS = (
-    ("errors", "progress"),
+    ("errors", "progress", "recorded"),
     ("encodings",),
     ("config", "hub", "numerics", "quant", "sampling", "tokenizer"),
     ("config_file", "presets", "prompts", "tensors", "weight_formats", "weights"),
@@ -43,6 +43,7 @@ BACKEND_MAY_IMPORT = {
     "numerics",
     "ops",
     "quant",
+    "recorded",
     "testing",
     "weight_formats",
     "weights",
