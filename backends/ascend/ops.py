@@ -96,6 +96,8 @@ class _Chain:
         self._serving: list[tuple[str, Callable[..., Any]]] = []
         self._proven: set[tuple[str, Hashable]] = set()
         self._rest = OPS[op].build(calls.ops)
+        # the argument with a row per token
+        self._rows = next(iter(OPS[op].signature.parameters))
 
         @functools.wraps(self._rest)
         def function(*args: Any, **kwargs: Any) -> Any:
@@ -122,6 +124,9 @@ class _Chain:
         return row.function if row.pack == "kernels" else functools.partial(row.function, self._calls)
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # no vendor documents a call without tokens
+        if not len(args[0] if args else kwargs[self._rows]):
+            return self._rest(*args, **kwargs)
         # whatever way a call takes through a provider, its first time is a first use
         way = (*map(_kind, args), *((name, _kind(value)) for name, value in kwargs.items()))
         while self._serving:

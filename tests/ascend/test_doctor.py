@@ -17,6 +17,7 @@ from v4sdk.backend import DoctorRow
 
 doctor = importlib.import_module("v4sdk_ascend.doctor")
 chip = importlib.import_module("v4sdk_ascend.chip")
+contract = importlib.import_module("v4sdk_ascend.contract")
 probe = importlib.import_module("v4sdk_ascend.probe")
 roofline = importlib.import_module("v4sdk_ascend.roofline")
 Choice = importlib.import_module("v4sdk_ascend.ops").Choice
@@ -66,7 +67,7 @@ def test_the_readme_says_which_releases_were_read_and_which_kernel_a_run_takes(
 
 @pytest.mark.parametrize("one", [p for p in PROVIDERS if p.is_declined], ids=lambda p: f"{p.op}-{p.pack}")
 def test_a_provider_that_declines_every_model_has_no_adapter(one: Any) -> None:
-    with pytest.raises(NotImplementedError, match=f"no adapter for `{one.op}`"):
+    with pytest.raises(contract.ContractBroken, match=f"`{one.op}` was asked of a provider that declines"):
         one.function(None)
 
 

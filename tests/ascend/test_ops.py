@@ -279,3 +279,13 @@ def test_a_provider_declines_in_words(
     assert why is not None
     assert says in why
     assert one.op in ("compress", "index_topk") or one.unless(V4_FLASH, BF16_ROWS, family) is None
+
+
+@pytest.mark.parametrize("by_name", [False, True], ids=["by-place", "by-name"])
+def test_a_call_without_tokens_reaches_no_provider(by_name: bool) -> None:
+    function, choice, _ = chosen(row("transformer", broken), row("stock", broken))
+    given = dict(zip(("x", "weight", "eps", "dtype"), (torch.zeros(0, 4), *ARGUMENTS[1:]), strict=True))
+    assert set(given) == set(OPS["rms_norm"].signature.parameters)
+    made = function(**given) if by_name else function(*given.values())
+    assert made.shape == (0, 4)
+    assert choice.by == "transformer"

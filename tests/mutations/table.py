@@ -152,15 +152,15 @@ ROWS: tuple[Row, ...] = (
             Patch(
                 "output left as it is",
                 "ops/attention.py",
-                "rope(o, rope_table, inverse=True)",
+                "rotated(ops, o, rope_table, inverse=True)",
                 "o",
                 (FORWARD, ELSEWHERE),
             ),
             Patch(
                 "output rotated forward again",
                 "ops/attention.py",
-                "rope(o, rope_table, inverse=True)",
-                "rope(o, rope_table)",
+                "rotated(ops, o, rope_table, inverse=True)",
+                "rotated(ops, o, rope_table)",
                 (FORWARD, ELSEWHERE),
             ),
         ),

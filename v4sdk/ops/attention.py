@@ -15,7 +15,7 @@ from v4sdk.ops.linear import linear, matmul
 from v4sdk.ops.norm import rms_norm
 from v4sdk.ops.op import ROUNDING, OpTable, Tolerance, fused_op, op
 from v4sdk.ops.precision import activation_dtype, between_dtype, wide
-from v4sdk.ops.rope import rope
+from v4sdk.ops.rope import rotated
 from v4sdk.ops.rows import entry_rows, load_kv, ring_write, store_kv
 from v4sdk.quant import q8_round, split_last
 from v4sdk.weights import Weight
@@ -59,7 +59,7 @@ def q_project(
         q = q * torch.rsqrt(q.square().mean(-1, keepdim=True) + eps)
     else:
         q = wide(q) * torch.rsqrt(wide(q).square().mean(-1, keepdim=True) + eps)
-    return rope(q.to(between), rope_table).to(act), qr
+    return rotated(ops, q.to(between), rope_table).to(act), qr
 
 
 @fused_op(
@@ -89,7 +89,7 @@ def kv_project_store(
     act, between = activation_dtype(numerics), between_dtype(numerics)
     rope_dim = rope_table.shape[-1]
     kv = ops[rms_norm](ops[linear](x, wkv, numerics, between), kv_norm, eps, act)
-    kv = rope(kv, rope_table)
+    kv = rotated(ops, kv, rope_table)
     if numerics.q8_kv:
         plain = kv.shape[-1] - rope_dim
         kv = torch.cat((q8_round(kv[:, :plain], KV_Q8_BLOCK), kv[:, plain:]), -1)
@@ -280,7 +280,9 @@ def grouped_out(
         official model.py, Attention
     """
     act, between = activation_dtype(numerics), between_dtype(numerics)
-    back = split_last(rope(o, rope_table, inverse=True).flatten(1), wo_a.in_features)  # [T, g, H/g * D]
+    back = split_last(
+        rotated(ops, o, rope_table, inverse=True).flatten(1), wo_a.in_features
+    )  # [T, g, H/g * D]
     rank = wo_a.out_features // groups
     z = [matmul(wide(back[:, g]), wo_a, g * rank, (g + 1) * rank) for g in range(groups)]
     return ops[linear](torch.cat(z, -1).to(between), wo_b, numerics, act)

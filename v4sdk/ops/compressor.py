@@ -14,7 +14,7 @@ from v4sdk.ops.linear import linear, matmul
 from v4sdk.ops.norm import rms_norm
 from v4sdk.ops.op import ROUNDING, OpTable, fused_op, op
 from v4sdk.ops.precision import activation_dtype, between_dtype, wide
-from v4sdk.ops.rope import rope, rope_table
+from v4sdk.ops.rope import rope, rope_table, rotated
 from v4sdk.ops.rows import entry_rows, load_index, ring_write, store_index, store_kv
 from v4sdk.quant import hadamard, q4_round, q8_round, split_last
 from v4sdk.weights import Weight
@@ -70,7 +70,7 @@ def compress(
     pooled = ops[rms_norm](pooled, norm, eps, act)
     pooled = rope(pooled, rope_table(block * ratio, inv_freq))
     if is_index:
-        row = store_index(_rotate_and_round(pooled, numerics), entries)
+        row = store_index(index_rounded(pooled, numerics), entries)
     else:
         rope_dim = 2 * inv_freq.shape[0]
         if numerics.q8_kv:
@@ -108,7 +108,8 @@ def _gather_blocks(
     return torch.where(exists, values, 0.0), torch.where(exists, gate, -torch.inf)
 
 
-def _rotate_and_round(x: Tensor, numerics: Numerics) -> Tensor:
+def index_rounded(x: Tensor, numerics: Numerics) -> Tensor:
+    """Index queries and keys as they are compared: Hadamard-rotated, rounded to FP4; both only where values are rounded."""
     # the rotation alone changes no score, so it is skipped where nothing is rounded
     return q4_round(hadamard(x).to(x.dtype)) if numerics.q4_index else x
 
@@ -130,7 +131,7 @@ def index_query(
     """
     between = between_dtype(numerics)
     q = split_last(ops[linear](qr, wq_b, numerics, between), wq_b.out_features // num_heads)
-    q = _rotate_and_round(rope(q, rope_table).to(activation_dtype(numerics)), numerics)
+    q = index_rounded(rotated(ops, q, rope_table).to(activation_dtype(numerics)), numerics)
     w = ops[linear](x, weights_proj, numerics, between)
     return q, w * (q.shape[-1] ** -0.5 * num_heads**-0.5)
 

@@ -73,10 +73,21 @@ ROUNDING: Mapping[torch.dtype, Tolerance] = {
 
 
 class OpTable:
-    """Functions by op: a kernel, the parts of a fused op, or the reference. `table[op]` has the op's own type."""
+    """Functions by op: a kernel, the parts of a fused op, or the reference. `table[op]` has the op's own type.
+
+    Attributes:
+        rope: rotates inside ops that are built over this table, as `v4sdk.ops.rope.rope` does; None: that function.
+    """
 
     def __init__(self, functions: Mapping[str, Callable[..., Any]]) -> None:
         self._functions = dict(functions)
+        self.rope: Callable[[Tensor, Tensor, bool], Tensor] | None = None
+
+    def rotating(self, rope: Callable[[Tensor, Tensor, bool], Tensor]) -> OpTable:
+        """The same functions, whatever is set later included, with another rotation."""
+        other = OpTable({})
+        other._functions, other.rope = self._functions, rope
+        return other
 
     def set(self, name: str, function: Callable[..., Any]) -> None:
         """Choose the function of one op; done while binding, before any run."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from v4sdk.config import RopeSpec
-from v4sdk.ops.op import Case, Cost, Tolerance, op
+from v4sdk.ops.op import Case, Cost, OpTable, Tolerance, op
 from v4sdk.ops.precision import wide
 from v4sdk.quant import split_last
 
@@ -100,3 +100,8 @@ def rope(x: Tensor, table: Tensor, inverse: bool = False) -> Tensor:
     even, odd = torch.unbind(split_last(wide(tail), 2), -1)
     rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
     return torch.cat((plain, rotated.to(x.dtype)), -1)
+
+
+def rotated(ops: OpTable, x: Tensor, table: Tensor, inverse: bool = False) -> Tensor:
+    """As `rope`, by whatever rotates for the ops of a table."""
+    return (ops.rope or rope)(x, table, inverse)

@@ -17,7 +17,7 @@ from v4sdk.ops import OPS
 from v4sdk.ops.op import OpTable
 
 from ..chip import FAMILIES, Family
-from ..contract import Pack, Vendor, contract
+from ..contract import ContractBroken, Pack, Vendor, contract
 
 EVERYWHERE: frozenset[Family] = frozenset(FAMILIES)
 A2_A3: frozenset[Family] = frozenset(("910B", "910C"))
@@ -95,7 +95,7 @@ def no_adapter(op: str) -> Callable[..., Any]:
     """The function of a declined provider, with its op's signature: a call that got past `unless` must not pass for another."""
 
     def function(to: Calls, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError(f"there is no adapter for `{op}` of a provider that declines every model")
+        raise ContractBroken(f"`{op}` was asked of a provider that declines every model, expected never")
 
     first = inspect.Parameter("to", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     known = OPS[op].signature

@@ -18,6 +18,7 @@ from v4sdk.config import ModelConfig
 from v4sdk.numerics import Numerics
 from v4sdk.ops.batch import Batch
 from v4sdk.ops.compressor import compress as compress_op
+from v4sdk.ops.compressor import index_rounded
 from v4sdk.ops.rope import rope_table
 from v4sdk.ops.rows import entry_rows, store_index, store_kv
 from v4sdk.quant import q8_round
@@ -25,7 +26,6 @@ from v4sdk.weights import Weight
 
 from ..chip import Family
 from . import Calls, rounded
-from .projection import index_rounded
 from .rotary import pairs
 
 _KV_Q8_BLOCK = 64

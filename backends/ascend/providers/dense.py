@@ -35,10 +35,8 @@ def linear(to: Calls, x: Tensor, weight: Weight, numerics: Numerics, dtype: torc
 
     int8: inputs become int8 with one scale per token, the product is int32 and comes back as BF16. FP8 with scales of 32
     (`layout.mx_scales`): inputs become MXFP8, unless the numerics ask for the reference's own rounding of inputs. BF16: one
-    BF16 product. Others, and empty batches: the reference.
+    BF16 product. Others: the reference.
     """
-    if not len(x):
-        return linear_op(x, weight, numerics, dtype)
     if is_int8(to, weight) and weight.scale is not None:
         codes, scales = to("npu.npu_dynamic_quant", x.to(torch.bfloat16).contiguous())
         y: Tensor = to(

@@ -64,7 +64,7 @@ def routed_experts(
     Inputs of int8 products are rounded to int8 with a scale per row, inputs of MX products to FP8 with a scale per 32.
     """
     packed = experts.packed
-    if packed is None or not len(u):
+    if packed is None:
         return routed_experts_op(u, ids, weights, experts, limit, numerics)
     w1, w2, w3 = packed
     if is_int8(to, w1) and is_int8(to, w2):

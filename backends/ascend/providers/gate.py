@@ -7,8 +7,6 @@ from torch import Tensor
 
 from v4sdk.backend import EngineConfig
 from v4sdk.config import ModelConfig
-from v4sdk.ops.moe import route as route_op
-from v4sdk.ops.moe import route_hash as route_hash_op
 
 from ..chip import Family
 from . import Calls, narrow
@@ -20,8 +18,6 @@ def route(
     to: Calls, u: Tensor, gate: Tensor, bias: Tensor, num_experts_per_tok: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """As the op, except that equal scores may be chosen in another order."""
-    if not len(u):
-        return route_op(u, gate, bias, num_experts_per_tok, scale)
     return _gate(to, u, gate, num_experts_per_tok, scale, bias=bias.float())
 
 
@@ -29,8 +25,6 @@ def route_hash(
     to: Calls, u: Tensor, gate: Tensor, tid2eid: Tensor, token_ids: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """As the op. The kernel wants an int32 table; of the checkpoint's int64 one only the rows of these tokens are converted."""
-    if not len(u):
-        return route_hash_op(u, gate, tid2eid, token_ids, scale)
     chosen = tid2eid[token_ids].to(torch.int32)
     rows = torch.arange(len(u), device=u.device)
     return _gate(to, u, gate, tid2eid.shape[1], scale, input_ids=rows, tid2eid=chosen)

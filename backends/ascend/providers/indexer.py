@@ -26,7 +26,7 @@ def index_topk(
     The kernel knows no compression ratio, so its own causal mask would be wrong. Every token is a sequence of its own here,
     whose length is what it may see: one call, and nothing to mask.
     """
-    if not len(q) or keys.shape[1] % 16 or keys.shape[1] > 1024:
+    if keys.shape[1] % 16 or keys.shape[1] > 1024:
         return index_topk_op(q, w, keys, batch, topk, ratio, numerics)
     table = batch.block_table if batch.is_decode else batch.block_table[batch.seq_ids]
     found = to(

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from v4sdk.numerics import Numerics
+from v4sdk.ops import index_query as index_query_op
+from v4sdk.ops import kv_project_store as kv_project_store_op
 from v4sdk.ops.batch import Batch
 from v4sdk.ops.linear import linear, matmul
 from v4sdk.ops.norm import rms_norm
+from v4sdk.ops.op import OpTable
 from v4sdk.ops.precision import activation_dtype, between_dtype, wide
-from v4sdk.ops.rows import load_kv, ring_write, store_kv
-from v4sdk.quant import hadamard, q4_round, q8_round, split_last
+from v4sdk.quant import split_last
 from v4sdk.weights import Weight
 
-from . import Calls
+from ..contract import Pack
+from . import EVERYWHERE, Calls, Provider, narrow
 from .rotary import Rotate
-
-_KV_Q8_BLOCK = 64
 
 
 def q_project(
@@ -42,20 +45,10 @@ def kv_project_store(
     rotate: Rotate, to: Calls, x: Tensor, wkv: Weight, kv_norm: Tensor, rope_table: Tensor, batch: Batch, window: Tensor,
     eps: float, numerics: Numerics,
 ) -> Tensor:  # fmt: skip
-    """As the op: rows rounded and stored by the same functions as everywhere."""
-    act, between = activation_dtype(numerics), between_dtype(numerics)
-    rope_dim = rope_table.shape[-1]
-    kv = to.ops[rms_norm](to.ops[linear](x, wkv, numerics, between), kv_norm, eps, act)
-    kv = rotate(to, kv, rope_table, False)
-    if numerics.q8_kv:
-        plain = kv.shape[-1] - rope_dim
-        kv = torch.cat((q8_round(kv[:, :plain], _KV_Q8_BLOCK), kv[:, plain:]), -1)
-    rows = kv
-    if not batch.is_decode:
-        history = load_kv(window[batch.slots.long()].flatten(0, 1), kv.shape[-1], rope_dim)
-        rows = torch.cat((history.to(act), kv), 0)
-    ring_write(window, store_kv(kv.detach(), window, rope_dim), batch, window.shape[1])
-    return rows
+    """As the op."""
+    return kv_project_store_op.build(_rotating(rotate, to))(
+        x, wkv, kv_norm, rope_table, batch, window, eps, numerics
+    )
 
 
 def index_query(
@@ -63,16 +56,9 @@ def index_query(
     num_heads: int, numerics: Numerics,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As the op."""
-    between = between_dtype(numerics)
-    q = split_last(to.ops[linear](qr, wq_b, numerics, between), wq_b.out_features // num_heads)
-    q = index_rounded(rotate(to, q, rope_table, False).to(activation_dtype(numerics)), numerics)
-    w = to.ops[linear](x, weights_proj, numerics, between)
-    return q, w * (q.shape[-1] ** -0.5 * num_heads**-0.5)
-
-
-def index_rounded(x: Tensor, numerics: Numerics) -> Tensor:
-    """Index queries and keys as they are compared: Hadamard-rotated, rounded to FP4; both only where values are rounded."""
-    return q4_round(hadamard(x).to(x.dtype)) if numerics.q4_index else x
+    return index_query_op.build(_rotating(rotate, to))(
+        x, qr, wq_b, weights_proj, rope_table, num_heads, numerics
+    )
 
 
 def grouped_out(
@@ -92,3 +78,20 @@ def grouped_out(
     else:
         z = torch.cat([matmul(wide(back[:, g]), wo_a, g * rank, (g + 1) * rank) for g in range(groups)], -1)
     return to.ops[linear](z.to(between), wo_b, numerics, act)
+
+
+def _rotating(rotate: Rotate, to: Calls) -> OpTable:
+    """The ops of this run, whose rotation a pack makes."""
+    return to.ops.rotating(partial(rotate, to))
+
+
+def providers(pack: Pack, key: str, rotate: Rotate) -> tuple[Provider, ...]:
+    """The projections with the rotation of one pack.
+
+    Args:
+        key: of the rotation in the contract.
+    """
+    return tuple(
+        Provider(function.__name__, pack, (key,), EVERYWHERE, partial(function, rotate), narrow)
+        for function in (q_project, kv_project_store, index_query, grouped_out)
+    )

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from v4sdk.ops.precision import wide
-from v4sdk.ops.rope import rope
 
 from . import Calls
 
@@ -31,8 +30,6 @@ def pairs(table: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
 
 def stock(to: Calls, x: Tensor, table: Tensor, inverse: bool) -> Tensor:
     """Rotate the last dims by torch_npu: they are cut out, since it rotates whole heads."""
-    if not len(x):
-        return rope(x, table, inverse)
     width = table.shape[-1]
     plain, tail = torch.split(x, [x.shape[-1] - width, width], -1)
     heads = wide(tail).contiguous().view(1, len(x), -1, width)
@@ -43,8 +40,6 @@ def stock(to: Calls, x: Tensor, table: Tensor, inverse: bool) -> Tensor:
 
 def transformer(to: Calls, x: Tensor, table: Tensor, inverse: bool) -> Tensor:
     """Rotate the last dims in place, of a copy, by cann_ops_transformer."""
-    if not len(x):
-        return rope(x, table, inverse)
     y, cos, sin, part = _in_place(x, table, inverse)
     to(
         "cann_ops_transformer.inplace_partial_rotary_mul",
@@ -59,8 +54,6 @@ def transformer(to: Calls, x: Tensor, table: Tensor, inverse: bool) -> Tensor:
 
 def vendorpack(to: Calls, x: Tensor, table: Tensor, inverse: bool) -> Tensor:
     """The same by vllm-ascend, whose arguments are all positional."""
-    if not len(x):
-        return rope(x, table, inverse)
     y, cos, sin, part = _in_place(x, table, inverse)
     to("_C_ascend.inplace_partial_rotary_mul", y, cos, sin, "interleave", part)
     return y.view(x.shape).to(x.dtype)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from . import (
     A2_A3,
     EVERYWHERE,
@@ -43,21 +41,7 @@ PROVIDERS: tuple[Provider, ...] = (
         hc.stock_unless,
     ),
     Provider("hc_post", "stock", ("npu.npu_mhc_post",), ONLY_950, hc.stock_post, hc.stock_unless),
-    Provider("q_project", "stock", (_ROPE,), EVERYWHERE, partial(projection.q_project, rotary.stock), narrow),
-    Provider(
-        "kv_project_store",
-        "stock",
-        (_ROPE,),
-        EVERYWHERE,
-        partial(projection.kv_project_store, rotary.stock),
-        narrow,
-    ),
-    Provider(
-        "index_query", "stock", (_ROPE,), EVERYWHERE, partial(projection.index_query, rotary.stock), narrow
-    ),
-    Provider(
-        "grouped_out", "stock", (_ROPE,), EVERYWHERE, partial(projection.grouped_out, rotary.stock), narrow
-    ),
+    *projection.providers("stock", _ROPE, rotary.stock),
     Provider(
         "index_topk", "stock", ("npu.npu_lightning_indexer",), EVERYWHERE, indexer.index_topk, indexer.unless
     ),

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from v4sdk.backend import EngineConfig
 from v4sdk.config import ModelConfig
-from v4sdk.ops.hyper_connection import hc_post as hc_post_op
-from v4sdk.ops.hyper_connection import hc_pre as hc_pre_op
 
 from ..chip import Family
 from . import Calls, rounded
@@ -21,32 +19,12 @@ _SINKHORN = 20
 
 
 def transformer_pre(
-    to: Calls,
-    x: Tensor,
-    fn: Tensor,
-    base: Tensor,
-    scale: Tensor,
-    iterations: int,
-    norm_eps: float,
-    hc_eps: float,
-) -> Mixed:
+    to: Calls, x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iterations: int, norm_eps: float, hc_eps: float
+) -> Mixed:  # fmt: skip
     """As the op, by cann_ops_transformer, with the tokens as one sequence."""
-    if not len(x):
-        return hc_pre_op(x, fn, base, scale, iterations, norm_eps, hc_eps)
     m = x.shape[1]
-    found = to(
-        "cann_ops_transformer.mhc_pre_sinkhorn",
-        x[None],
-        fn,
-        scale,
-        base,
-        m,
-        iterations,
-        hc_eps,
-        norm_eps,
-        False,
-    )
-    u, post, comb = found[:3]
+    key = "cann_ops_transformer.mhc_pre_sinkhorn"
+    u, post, comb = to(key, x[None], fn, scale, base, m, iterations, hc_eps, norm_eps, False)[:3]
     return u[0], post[0], comb[0].view(-1, m, m)
 
 
@@ -56,18 +34,9 @@ def transformer_post(to: Calls, y: Tensor, x: Tensor, post: Tensor, comb: Tensor
 
 
 def vendorpack_pre(
-    to: Calls,
-    x: Tensor,
-    fn: Tensor,
-    base: Tensor,
-    scale: Tensor,
-    iterations: int,
-    norm_eps: float,
-    hc_eps: float,
-) -> Mixed:
+    to: Calls, x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iterations: int, norm_eps: float, hc_eps: float
+) -> Mixed:  # fmt: skip
     """As the op, by vllm-ascend."""
-    if not len(x):
-        return hc_pre_op(x, fn, base, scale, iterations, norm_eps, hc_eps)
     u, post, comb = to(
         "_C_ascend.npu_hc_pre_v2", x, fn, scale, base, x.shape[1], iterations, norm_eps, hc_eps
     )
@@ -76,25 +45,14 @@ def vendorpack_pre(
 
 def vendorpack_post(to: Calls, y: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     """As the op, by vllm-ascend, whose first argument is the sub-layer's output."""
-    if not len(x):
-        return hc_post_op(y, x, post, comb)
     out: Tensor = to("_C_ascend.npu_hc_post", y.to(x.dtype).contiguous(), x, post, comb)
     return out
 
 
 def stock_pre(
-    to: Calls,
-    x: Tensor,
-    fn: Tensor,
-    base: Tensor,
-    scale: Tensor,
-    iterations: int,
-    norm_eps: float,
-    hc_eps: float,
-) -> Mixed:
+    to: Calls, x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iterations: int, norm_eps: float, hc_eps: float
+) -> Mixed:  # fmt: skip
     """As the op, by torch_npu: the mixes, then the balancing of comb."""
-    if not len(x):
-        return hc_pre_op(x, fn, base, scale, iterations, norm_eps, hc_eps)
     u, post, logits = to("npu.npu_mhc_pre", x, fn, scale, base, norm_eps=norm_eps, hc_eps=hc_eps)[:3]
     return u, post, to("npu.npu_mhc_sinkhorn", logits, eps=hc_eps, num_iters=iterations)[0]
 
@@ -105,8 +63,6 @@ def stock_post(to: Calls, y: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> T
 
 
 def _post(to: Calls, key: str, y: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
-    if not len(x):
-        return hc_post_op(y, x, post, comb)
     out: Tensor = to(key, x, comb, y.to(x.dtype).contiguous(), post)
     return out
 

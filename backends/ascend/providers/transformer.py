@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from . import A2_A3, EVERYWHERE, Provider, compressor, indexer, narrow, no_adapter, projection, rotary, window
+from . import A2_A3, EVERYWHERE, Provider, compressor, indexer, no_adapter, projection, rotary, window
 from . import streams as hc
 
 _AT = "cann_ops_transformer."
@@ -15,12 +15,7 @@ _ATTENTION = (f"{_AT}sparse_flash_mla_metadata", f"{_AT}sparse_flash_mla")
 PROVIDERS: tuple[Provider, ...] = (
     Provider("hc_pre", "transformer", (f"{_AT}mhc_pre_sinkhorn",), A2_A3, hc.transformer_pre, hc.transformer_unless),
     Provider("hc_post", "transformer", (f"{_AT}mhc_post",), A2_A3, hc.transformer_post, hc.transformer_unless),
-    Provider("q_project", "transformer", (_ROPE,), EVERYWHERE, partial(projection.q_project, rotary.transformer), narrow),
-    Provider(
-        "kv_project_store", "transformer", (_ROPE,), EVERYWHERE, partial(projection.kv_project_store, rotary.transformer), narrow
-    ),
-    Provider("index_query", "transformer", (_ROPE,), EVERYWHERE, partial(projection.index_query, rotary.transformer), narrow),
-    Provider("grouped_out", "transformer", (_ROPE,), EVERYWHERE, partial(projection.grouped_out, rotary.transformer), narrow),
+    *projection.providers("transformer", _ROPE, rotary.transformer),
     Provider("compress", "transformer", (f"{_AT}_compressor_forward",), EVERYWHERE, no_adapter("compress"), compressor.private),
     Provider("index_topk", "transformer", _INDEXER, EVERYWHERE, no_adapter("index_topk"), indexer.quantised),
     Provider(

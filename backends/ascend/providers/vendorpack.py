@@ -11,7 +11,6 @@ from . import (
     compressor,
     gate,
     indexer,
-    narrow,
     no_adapter,
     projection,
     rotary,
@@ -28,12 +27,7 @@ _GATE = f"{_AT}moe_gating_top_k_hash"
 PROVIDERS: tuple[Provider, ...] = (
     Provider("hc_pre", "vendorpack", (f"{_AT}npu_hc_pre_v2",), EVERYWHERE, hc.vendorpack_pre, hc.vendorpack_unless),
     Provider("hc_post", "vendorpack", (f"{_AT}npu_hc_post",), EVERYWHERE, hc.vendorpack_post, hc.vendorpack_unless),
-    Provider("q_project", "vendorpack", (_ROPE,), EVERYWHERE, partial(projection.q_project, rotary.vendorpack), narrow),
-    Provider(
-        "kv_project_store", "vendorpack", (_ROPE,), EVERYWHERE, partial(projection.kv_project_store, rotary.vendorpack), narrow
-    ),
-    Provider("index_query", "vendorpack", (_ROPE,), EVERYWHERE, partial(projection.index_query, rotary.vendorpack), narrow),
-    Provider("grouped_out", "vendorpack", (_ROPE,), EVERYWHERE, partial(projection.grouped_out, rotary.vendorpack), narrow),
+    *projection.providers("vendorpack", _ROPE, rotary.vendorpack),
     Provider("compress", "vendorpack", (f"{_AT}compressor",), A2_A3, compressor.compress, compressor.unless),
     Provider("index_topk", "vendorpack", _INDEXER, A2_A3, no_adapter("index_topk"), indexer.quantised),
     Provider(
