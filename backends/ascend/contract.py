@@ -29,7 +29,7 @@ class Call:
     """A row of the table.
 
     Attributes:
-        pack: who ships it. library: its namespace in the dispatcher ("npu", "_C_ascend", ..). name: as registered there.
+        pack: who ships it. namespace: its own in the dispatcher ("npu", "_C_ascend", ..). name: as registered there.
         positional, keyword: names of all arguments that this plugin passes, in the vendor's spelling and order.
         since: first torch_npu (or pack) version with all of them. chips: families its documents list.
         source: "wheel", whose schemas are committed and checked, or "transcribed": from a document at a commit.
@@ -39,7 +39,7 @@ class Call:
     """
 
     pack: Pack
-    library: str
+    namespace: str
     name: str
     positional: tuple[str, ...]
     keyword: tuple[str, ...]
@@ -59,7 +59,7 @@ class Call:
     @property
     def key(self) -> str:
         """Library and name: how providers and records call it."""
-        return f"{self.library}.{self.name}"
+        return f"{self.namespace}.{self.name}"
 
 
 @cache
@@ -68,7 +68,7 @@ def contract() -> Mapping[str, Call]:
     raw = tomllib.loads(files(__package__).joinpath("contract.toml").read_text(encoding="utf-8"))
     rows = [
         Call(
-            row["pack"], row["library"], row["name"], tuple(row.get("positional", ())), tuple(row.get("keyword", ())),
+            row["pack"], row["namespace"], row["name"], tuple(row.get("positional", ())), tuple(row.get("keyword", ())),
             row["since"], frozenset(row["chips"]), row["source"], row.get("document", ""),
             tuple(row.get("keyword_950", ())), row.get("since_950", ""), row.get("schema", ""), row.get("use", "step"),
         )
@@ -106,7 +106,7 @@ def absent(keys: Iterable[str], family: Family) -> str | None:
 
 
 def _schemas(call: Call) -> list[Any]:
-    packet = getattr(getattr(torch.ops, call.library), call.name, None)
+    packet = getattr(getattr(torch.ops, call.namespace), call.name, None)
     return [getattr(packet, name)._schema for name in packet.overloads()] if packet is not None else []
 
 
@@ -137,4 +137,4 @@ class Vendor:
             )
         for told in self.observers:
             told(key, args, kwargs)
-        return getattr(getattr(torch.ops, row.library), row.name)(*args, **kwargs)
+        return getattr(getattr(torch.ops, row.namespace), row.name)(*args, **kwargs)

@@ -157,12 +157,12 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> StandIn:
     table = next(t for t in _tables() if (t.distribution, t.version) == ("torch-npu", VERSION))
     reason = wheels.cannot_load(table)
     if reason is not None:
-        pytest.skip(f"the vendor's wheel was not looked at: {reason}")
+        pytest.skip(f"the vendor's wheel was not looked at: {reason}; ends where it can be loaded")
     into = wheels.folder()
     try:
         wheel, libraries = wheels.unpack(table, into), wheels.stand_in(table, into)
     except (wheels.OutOfReach, stub.StubError) as error:
-        pytest.skip(f"the vendor's wheel was not looked at: {error}; {error.hint}")
+        pytest.skip(f"the vendor's wheel was not looked at: {error}; ends where it can be had ({error.hint})")
     source = tmp_path_factory.mktemp("plugin")
     (source / "v4sdk_ascend").symlink_to(_PLUGIN)
     return StandIn(wheel, libraries, source)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch import library as dispatcher
 
 from v4sdk.backend import EngineConfig, ExpertExchange, Ranks
 from v4sdk.expert_parallel.exchange import Compute, Exchange, GroupLink, expert_bounds
@@ -29,7 +30,7 @@ from v4sdk.weights import ExpertWeights, Weight, stack
 
 CHOSEN = 3
 LIMIT = 10.0
-KEPT: list[torch.library.Library] = []
+KEPT: list[dispatcher.Library] = []
 
 
 def define(tables: list[str], plugin: str) -> None:
@@ -39,7 +40,7 @@ def define(tables: list[str], plugin: str) -> None:
         installed.__path__.append(plugin)
     emulators = importlib.import_module("v4sdk_ascend.testing.emulators")
     emulators.install(["cann_ops_transformer"])
-    library = torch.library.Library("npu", "DEF")
+    library = dispatcher.Library("npu", "DEF")
     for text in tables:
         library.define(text)
         name = text.partition("(")[0]

@@ -53,7 +53,7 @@ def spelt(schema: str) -> str:
 
 def test_the_other_packs_schemas_are_those_of_its_wheel() -> None:
     names = {s.split("(")[0] for s in packs.schemas("_C_ascend")}
-    assert names == {row.name for row in contract().values() if row.library == "_C_ascend"}
+    assert names == {row.name for row in contract().values() if row.namespace == "_C_ascend"}
     wheel = json.loads((SCHEMAS / "vllm-ascend-0.23.0.json").read_text(encoding="utf-8"))["schemas"]
     known = {spelt(s) for s in wheel if s.split("(")[0] in names}
     missing = [s for s in packs.schemas("_C_ascend") if spelt(s) not in known]

@@ -113,7 +113,9 @@ def test_a_folder_without_the_compiler_is_refused(tmp_path: Path) -> None:
 def test_the_compiler_says_the_same(table: dict[str, Any]) -> None:
     folder = os.environ.get(COMPILER)
     if folder is None:
-        pytest.skip(f"the vendor's compiler, 210 MB, is not here: it runs when {COMPILER} names its folder")
+        pytest.skip(
+            f"the vendor's compiler, 210 MB, is fetched by hand; ends where {COMPILER} names its folder"
+        )
     made = lowering.lower(Path(folder))
     assert lowering.faults(made) == []
     assert {**made, "made": table["made"]} == table

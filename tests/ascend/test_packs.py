@@ -41,8 +41,8 @@ def test_without_packs_nothing_is_loaded_or_set(site: Path) -> None:
 
 def test_the_transformer_pack_registers_by_being_imported(site: Path) -> None:
     package(site, packs.TRANSFORMER)
-    library = "lib = __import__('torch').library.Library('made_transformer', 'FRAGMENT'); lib.define('one(Tensor x) -> Tensor')"
-    package(site, f"{packs.TRANSFORMER}.ops", library)
+    defined = "lib = d.Library('made_transformer', 'FRAGMENT'); lib.define('one(Tensor x) -> Tensor')"
+    package(site, f"{packs.TRANSFORMER}.ops", f"from torch import library as d\n{defined}")
     assert packs.load() == {packs.TRANSFORMER: None}
     assert torch.ops.made_transformer.one.default is not None
 

@@ -58,7 +58,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch, socs: Mapping[str, str]) -> Callab
                 assert set(kwargs) <= set(row.arguments(family)[len(args) :])
                 made.add(key)
                 numbers = {n: NUMBERS[v] if isinstance(v, torch.dtype) else v for n, v in kwargs.items()}
-                return listed[row.library, row.name](*args, **numbers)
+                return listed[row.namespace, row.name](*args, **numbers)
 
         return providers.Calls(Direct(), REFERENCES, family), made
 

@@ -128,7 +128,7 @@ def test_the_launcher_knows_its_chips(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("command", "said"), [("nosuchcmd", "No such file or directory"), ("/tmp", "Permission denied")]
+    ("command", "said"), [("nosuchcmd", "No such file or directory"), (".", "Permission denied")]
 )
 def test_a_command_that_cannot_be_run_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, said: str

@@ -78,7 +78,7 @@ def of_row(tables: tuple[Any, ...], key: str) -> list[Any]:
 
 
 def misfit(table: Any, claim: Claim) -> tuple[str, ...]:
-    assert table.library == claim.key.split(".")[0]
+    assert table.namespace == claim.key.split(".")[0]
     return tuple(table.misfit(claim.key.split(".")[1], claim.positional, claim.keyword))
 
 

@@ -93,7 +93,7 @@ class Table:
     """The schemas of one wheel.
 
     Attributes:
-        distribution, version: of the wheel. wheel: its file name. sha256: of that file. library: namespace in the dispatcher.
+        distribution, version: of the wheel. wheel: its file name. sha256: of that file. namespace: of its ops in the dispatcher.
         texts: the schemas as written. kernels: chip -> kernel -> dtype combinations with a prebuilt binary.
     """
 
@@ -101,7 +101,7 @@ class Table:
     version: str
     wheel: str
     sha256: str
-    library: str
+    namespace: str
     texts: tuple[str, ...]
     kernels: Mapping[str, Mapping[str, prebuilt.Built]]
 
@@ -116,7 +116,7 @@ class Table:
     def misfit(self, name: str, positional: Sequence[str], keyword: Sequence[str]) -> tuple[str, ...]:
         """Why a call of an op does not resolve against this wheel, by the overload that comes closest; empty if one does."""
         found = [s.misfit(positional, keyword) for s in self.schemas.get(name, ())]
-        return min(found, key=len) if found else (f"{self.library}.{name} is not registered",)
+        return min(found, key=len) if found else (f"{self.namespace}.{name} is not registered",)
 
 
 def literal(text: str) -> Any:
@@ -204,7 +204,7 @@ def read(wheel: Path) -> Table:
     distribution = parts[0].replace("_", "-")
     if distribution not in _HOLDS or len(parts) < 5 or not zipfile.is_zipfile(wheel):
         raise WheelError(f"{wheel} is not a wheel of {' or '.join(_HOLDS)}")
-    pattern, library = _HOLDS[distribution]
+    pattern, namespace = _HOLDS[distribution]
     with zipfile.ZipFile(wheel) as archive:
         members = [n for n in archive.namelist() if Path(n).match(pattern)]
         texts = tuple(sorted({text for name in members for text in in_bytes(archive.read(name))}))
@@ -212,7 +212,7 @@ def read(wheel: Path) -> Table:
     if not texts:
         raise WheelError(f"{wheel} holds no schemas in {pattern}")
     return Table(
-        distribution, parts[1], wheel.name, hashlib.sha256(wheel.read_bytes()).hexdigest(), library, texts, built
+        distribution, parts[1], wheel.name, hashlib.sha256(wheel.read_bytes()).hexdigest(), namespace, texts, built
     )  # fmt: skip
 
 
@@ -230,7 +230,7 @@ def _load(path: Path) -> Table:
         for chip, found in raw.get("kernels", {}).items()
     }
     return Table(
-        raw["distribution"], raw["version"], raw["wheel"], raw["sha256"], raw["library"], tuple(texts), built
+        raw["distribution"], raw["version"], raw["wheel"], raw["sha256"], raw["namespace"], tuple(texts), built
     )  # fmt: skip
 
 
@@ -239,7 +239,7 @@ def save(table: Table, folder: Path) -> Path:
     path = folder / f"{table.distribution}-{table.version}.json"
     raw: dict[str, Any] = {
         "distribution": table.distribution, "version": table.version, "wheel": table.wheel, "sha256": table.sha256,
-        "library": table.library,
+        "namespace": table.namespace,
     }  # fmt: skip
     others = (p for p in sorted(folder.glob("*.json")) if p != path)
     twin = next((p.name for p in others if _own(p) == list(table.texts)), None)
@@ -270,7 +270,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}\nhint: {error.hint}", file=sys.stderr)
         return 1
     built = sum(len(found) for found in table.kernels.values())
-    print(f"{save(table, given.out)}: {len(table.texts)} schemas of {table.library}, kernels of {built} ops")
+    print(
+        f"{save(table, given.out)}: {len(table.texts)} schemas of {table.namespace}, kernels of {built} ops"
+    )
     return 0
 
 

@@ -247,7 +247,7 @@ def test_entries_join_the_first_half_of_the_block_before() -> None:
     assert torch.equal(whole, parts)
 
 
-@pytest.mark.skipif(FAMILY == "910B", reason="documented for 910C and 950")
+@pytest.mark.families("910C", "950")
 def test_the_bias_of_a_position_decides() -> None:
     ape = torch.zeros(4, 256)
     ape[1, 128:] = 60.0

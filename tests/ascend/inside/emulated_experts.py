@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ascend.inside.loaded import A2_A3, BF16, FAMILY, KEYS, C, S, by_hand, close, emulators, i32
+from ascend.inside.loaded import A2_A3, BF16, KEYS, C, S, by_hand, close, emulators, i32
 
 # --- routing and experts
 
@@ -75,7 +75,7 @@ def test_each_group_has_its_own_matrix() -> None:
     close(y, [[1, 2], [6, -4], [10, -6]])
 
 
-@pytest.mark.skipif(FAMILY != "950", reason="documented for 950")
+@pytest.mark.families("950")
 def test_fp8_rows_times_fp4_matrices() -> None:
     x = torch.zeros(1, 64)
     x[0, 0], x[0, 63] = 2.0, 1.0

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from ascend.inside.loaded import A2_A3, A5, BF16, FAMILY, C, S, T, by_hand, close
+from ascend.inside.loaded import A2_A3, A5, BF16, C, S, T, by_hand, close
 from torch import Tensor
 
 # --- norm and rotation
@@ -89,7 +89,7 @@ def test_vendorpack_mixes() -> None:
     check_mixes(*C.npu_hc_pre_v2(x, phi, alpha, bias, 4, 20, 1e-6, 1e-6), 4096)
 
 
-@pytest.mark.skipif(FAMILY != "950", reason="documented for 950")
+@pytest.mark.families("950")
 def test_sinkhorn_softmaxes_rows_and_ends_with_columns() -> None:
     x = torch.zeros(1, 4, 4)
     x[0, 3, 3] = math.log(5)
@@ -154,7 +154,7 @@ def test_blocks_of_32_share_a_power_of_two() -> None:
     close(codes[0, [0, 1, 32, 33]], [6 * 64, -32, 96 * 4, 24 * 4])
 
 
-@pytest.mark.skipif(FAMILY != "950", reason="documented for 950")
+@pytest.mark.families("950")
 def test_mx_products_apply_a_scale_per_32_columns() -> None:
     x = torch.zeros(1, 64)
     x[0, 0], x[0, 32] = 1.0, 1.0

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 
-import torch
+from torch import library as dispatcher
 
-from . import (
+# imported for the emulators that they list
+from . import (  # noqa: F401
     attention,
     compressor,
     exchange,
@@ -29,19 +30,6 @@ from .documented import EMULATORS, Refused, family
 from .libraries import define
 
 LIBRARIES = ("npu", *packs.LIBRARIES)
-MODULES = (
-    attention,
-    compressor,
-    exchange,
-    grouped,
-    hyper_connection,
-    indexer,
-    moe,
-    norm_rope,
-    quant,
-    quant_indexer,
-    sparse_flash,
-)
 
 __all__ = ["EMULATORS", "LIBRARIES", "Refused", "define", "family", "install"]
 
@@ -62,10 +50,10 @@ def install(libraries: Sequence[str] = LIBRARIES) -> tuple[str, ...]:
 
 
 @cache
-def _registered(library: str) -> tuple[torch.library.Library, tuple[str, ...]]:
+def _registered(library: str) -> tuple[dispatcher.Library, tuple[str, ...]]:
     if library in packs.LIBRARIES:
         define(library)
-    made = torch.library.Library(library, "IMPL")  # type: ignore[no-untyped-call]
+    made = dispatcher.Library(library, "IMPL")  # type: ignore[no-untyped-call]
     names = []
     for (where, name), function in EMULATORS.items():
         if where != library:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import library as dispatcher
 
 from ...contract import contract
 from .documented import METADATA
@@ -57,7 +58,7 @@ def schemas(library: str) -> tuple[str, ...]:
     """The ops of a library that a provider may call, as registered."""
     if library == "_C_ascend":
         return _C
-    return tuple(row.schema for row in contract().values() if row.library == library)
+    return tuple(row.schema for row in contract().values() if row.namespace == library)
 
 
 def _like(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -125,16 +126,16 @@ _SHAPES: Mapping[str, Callable[..., Any]] = {
 
 
 @cache
-def define(library: str) -> torch.library.Library:
+def define(library: str) -> dispatcher.Library:
     """Define a transcribed library's ops in the dispatcher, with shape functions for meta and fake tensors.
 
     What a real pack has registered already stays as it is. The definitions last as long as the process.
     """
-    made = torch.library.Library(library, "FRAGMENT")  # type: ignore[no-untyped-call]
+    made = dispatcher.Library(library, "FRAGMENT")  # type: ignore[no-untyped-call]
     for schema in schemas(library):
         name = schema.split("(", 1)[0]
         if hasattr(getattr(torch.ops, library), name):
             continue
         made.define(schema)  # type: ignore[no-untyped-call]
-        torch.library.register_fake(f"{library}::{name}", _SHAPES[f"{library}::{name}"])
+        dispatcher.register_fake(f"{library}::{name}", _SHAPES[f"{library}::{name}"])
     return made
